@@ -1,0 +1,241 @@
+"""Encoders: one call gives five feature maps at strides 2, 4, 8, 16, 32.
+
+    encoder = backbone("resnet50", "moco800")
+    f1, f2, f3, f4, f5 = encoder(image)        # image [B, 3, H, W] in [0, 1]
+    encoder.channels                           # (64, 256, 512, 1024, 2048)
+
+    name          taps                                         channels              weights
+    resnet50      relu(bn(conv1)), layer1 ... layer4           64 256 512 1024 2048  moco800 moco200
+                                                                                     imagenet
+    resnet18      the same                                     64 64 128 256 512     imagenet
+    vgg16         the five max-poolings                        64 128 256 512 512    imagenet
+    mobilenet_v2  blocks 1, 3, 6, 13 and the last convolution  16 24 32 96 1280      imagenet
+    tiny          five levels, defined here                    32 48 96 160 256      shapes
+
+The image is normalised inside, since the weights decide how: `pixels` is "imagenet" (mean and
+standard deviation of ImageNet), "symmetric" ([-1, 1]), or "unit" ([0, 1] as it is).
+
+BatchNorm: `stored_stats=True` keeps the statistics that came with the weights, also while training;
+False is torch's usual behaviour (batch statistics in training mode, running averages updated).
+
+Weights are downloaded once to torch's hub folder and checked against their published digest; any
+local file is accepted instead. Every key is accounted for: a missing or surplus one is an error.
+"""
+import hashlib
+import urllib.error
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+
+from common.runtime import UserError, load_state, sha256, torch_load
+
+PIXELS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+          "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+          "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
+
+_MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
+_TORCH = "https://download.pytorch.org/models/"
+WEIGHTS = {  # (backbone, name): (address, "md5:" or "sha256:" with the first digits)
+    ("resnet50", "moco800"):
+        (_MOCO + "moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "md5:a04e12f8"),
+    ("resnet50", "moco200"):
+        (_MOCO + "moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar", "md5:59fd9945"),
+    ("resnet50", "imagenet"): (_TORCH + "resnet50-0676ba61.pth", "sha256:0676ba61"),
+    ("resnet18", "imagenet"): (_TORCH + "resnet18-f37072fd.pth", "sha256:f37072fd"),
+    ("vgg16", "imagenet"): (_TORCH + "vgg16-397923af.pth", "sha256:397923af"),
+    ("mobilenet_v2", "imagenet"): (_TORCH + "mobilenet_v2-b0353104.pth", "sha256:b0353104"),
+}
+TINY_WEIGHTS = Path(__file__).parent.parent / "data" / "tiny_encoder.pt"
+DEFAULT_WEIGHTS = {"resnet50": "moco800", "tiny": "shapes"}  # the others: imagenet
+
+
+class Pyramid(nn.Module):
+    """Base of the encoders: pixel normalisation and the BatchNorm policy."""
+    channels: tuple[int, ...]
+    classifier: tuple[str, ...] = ("fc.", "classifier.")  # keys of weight files that are not needed
+    stored_stats = False
+
+    def set_pixels(self, pixels: str) -> None:
+        """Choose the normalisation, a key of `PIXELS`."""
+        for name, value in zip(("mean", "std"), PIXELS[pixels]):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def normalise(self, image: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] in [0, 1] to the numbers that the weights were trained on."""
+        return (image - self.mean) / self.std
+
+    def train(self, mode: bool = True):
+        """As in torch, but BatchNorm stays in eval mode if `stored_stats` is set."""
+        super().train(mode)
+        if self.stored_stats:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+
+class ResNet(Pyramid, torchvision.models.ResNet):
+    """torchvision's ResNet; the first tap lies before the max-pooling."""
+
+    def __init__(self, block, layers: list[int], keep_fc: bool = False):
+        torchvision.models.ResNet.__init__(self, block, layers)
+        self.channels = (64, *(width * block.expansion for width in (64, 128, 256, 512)))
+        if not keep_fc:
+            del self.fc
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
+        x = self.relu(self.bn1(self.conv1(self.normalise(image))))
+        taps = [x]
+        x = self.maxpool(x)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            taps.append(x)
+        return taps
+
+
+class VGG16(Pyramid):
+    """torchvision's VGG-16 features, tapped after each max-pooling."""
+    channels = (64, 128, 256, 512, 512)
+
+    def __init__(self):
+        super().__init__()
+        self.features = torchvision.models.vgg16().features
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
+        x, taps = self.normalise(image), []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                taps.append(x)
+        return taps
+
+
+class MobileNetV2(Pyramid):
+    """torchvision's MobileNetV2 features, tapped before each growth of the stride and at the end."""
+    channels = (16, 24, 32, 96, 1280)
+
+    def __init__(self):
+        super().__init__()
+        self.features = torchvision.models.mobilenet_v2().features
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
+        x, taps = self.normalise(image), []
+        for index, block in enumerate(self.features):
+            x = block(x)
+            if index in (1, 3, 6, 13, 18):
+                taps.append(x)
+        return taps
+
+
+class Tiny(Pyramid):
+    """A small encoder that trains in minutes on a CPU: per level a strided and a plain convolution
+    (only the strided one in the last level), each with BatchNorm and ReLU. 0.9 M parameters."""
+    channels = (32, 48, 96, 160, 256)
+
+    def __init__(self):
+        super().__init__()
+        self.levels, before = nn.ModuleList(), 3
+        for width in self.channels:
+            strides = (2,) if width == 256 else (2, 1)
+            level = []
+            for stride in strides:
+                level += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width),
+                          nn.ReLU()]
+                before = width
+            self.levels.append(nn.Sequential(*level))
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
+        x, taps = self.normalise(image), []
+        for level in self.levels:
+            x = level(x)
+            taps.append(x)
+        return taps
+
+
+BACKBONES = {
+    "resnet50": lambda keep_fc: ResNet(torchvision.models.resnet.Bottleneck, [3, 4, 6, 3], keep_fc),
+    "resnet18": lambda keep_fc: ResNet(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], keep_fc),
+    "vgg16": lambda keep_fc: VGG16(),
+    "mobilenet_v2": lambda keep_fc: MobileNetV2(),
+    "tiny": lambda keep_fc: Tiny(),
+}
+
+
+def backbone(name: str, weights: str | None = None, pixels: str = "imagenet",
+             stored_stats: bool = False, keep_fc: bool = False) -> Pyramid:
+    """Build an encoder and load its weights.
+
+    name: a key of `BACKBONES`. weights: a name of the table above, a local file, "none" for a random
+    start, or None for the default of the backbone. pixels, stored_stats: see the top of this file.
+    keep_fc: keep ResNet's classification layer (the released A2S uses it; MoCo's file has none, so
+    there it stays random). Raises `UserError` for unknown names, missing files, and wrong keys.
+    """
+    keep_fc = keep_fc and name.startswith("resnet")
+    encoder = BACKBONES[name](keep_fc)
+    encoder.set_pixels(pixels)
+    encoder.stored_stats = stored_stats
+    weights = weights or DEFAULT_WEIGHTS.get(name, "imagenet")
+    if weights != "none":
+        path = find_weights(name, weights)
+        state = read_weights(path)
+        if keep_fc and "fc.weight" not in state:
+            state |= {f"fc.{key}": value for key, value in encoder.fc.state_dict().items()}
+        load_state(encoder, state, path, surplus=() if keep_fc and "fc.0.weight" not in state
+                   else ("fc.0.", "fc.2.") if keep_fc else encoder.classifier)
+    return encoder
+
+
+def find_weights(name: str, weights: str) -> Path:
+    """The local file of `weights` (a name or a path) for backbone `name`, downloaded if need be."""
+    if (name, weights) == ("tiny", "shapes"):
+        return TINY_WEIGHTS
+    if (name, weights) not in WEIGHTS:
+        if Path(weights).is_file():
+            return Path(weights)
+        known = [of for backbone_name, of in WEIGHTS if backbone_name == name]
+        raise UserError(f"--backbone-weights {weights}: no such file, and {name} knows only "
+                        f"{', '.join(known + ['none'])}")
+    url, digest = WEIGHTS[name, weights]
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except (urllib.error.URLError, OSError) as error:
+            raise UserError(f"cannot download the weights of {name} ({error}); save {url} as "
+                            f"{path}, or give a local file with --backbone-weights") from None
+    check_digest(path, digest)
+    return path
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """Compare a file with its published digest, "md5:..." or "sha256:..." (leading digits suffice).
+
+    The full sha256 is recorded beside the file on first use and compared from then on, since the
+    published digests are only eight digits long. Raises `UserError` on a difference.
+    """
+    kind, expected = digest.split(":")
+    record = path.with_name(path.name + ".sha256")
+    full = sha256(path)
+    first = full if kind == "sha256" else hashlib.md5(path.read_bytes()).hexdigest()
+    if not first.startswith(expected) or record.exists() and record.read_text() != full:
+        raise UserError(f"{path} is damaged or is another file ({kind} {first[:8]}, expected "
+                        f"{expected}); delete it (and {record.name}) and fetch it again")
+    if not record.exists():
+        record.write_text(full)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a weight file: plain, below "state_dict", with "module." or MoCo's prefix."""
+    state = torch_load(path)
+    state = state.get("state_dict", state)
+    query = "module.encoder_q."  # MoCo may store encoder_k and a queue too: only the query counts
+    if any(key.startswith(query) for key in state):
+        state = {key: value for key, value in state.items() if key.startswith(query)}
+    return {key.removeprefix(query).removeprefix("module."): value for key, value in state.items()}

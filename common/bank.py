@@ -1,0 +1,134 @@
+"""A data set on the device: decoded once, kept as uint8, augmented where it lies.
+
+    bank = Bank(dataset, size=320, device=device)      # images [N, 3, 320, 320], 0.9 GB per 3,000
+    order, batch = epoch_order(len(bank), 8, seed, epoch)
+    for index, flip in batches(order, batch, seed, epoch):
+        image = bank.images(index, flip)               # float [8, 3, 320, 320] in [0, 1]
+
+`MapBank` holds one map per image (a pseudo label) and can be written to: a map that was read
+flipped is written back un-flipped, so labels stay aligned with their photo whatever the flips.
+
+A bank that does not fit into half of the free memory becomes a memory-mapped file with the same
+interface. The order of samples and the flips depend on (seed, epoch) alone, not on the number of
+processes or workers, so a resumed run sees what an undisturbed one would have seen.
+"""
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from common.runtime import World, generator, parallel_map, progress
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return 8 << 30
+
+
+def storage(shape: tuple[int, ...], device: torch.device, file: Path,
+            budget: int | None) -> torch.Tensor:
+    """An uninitialised uint8 tensor on `device`, or on the disk if it is larger than `budget` bytes
+    (default: half of the free memory)."""
+    size = torch.Size(shape).numel()
+    if size <= (free_memory(device) // 2 if budget is None else budget):
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{size / 1e9:.1f} GB do not fit into memory: streaming from {file}")
+    return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8).view(shape)
+
+
+def unit(pixels: torch.Tensor, flip: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 [B, C, H, W] to float in [0, 1] on `device`, the rows marked in `flip` [B] mirrored."""
+    pixels = pixels.to(device, non_blocking=True).float() / 255
+    return torch.where(flip.to(device).view(-1, 1, 1, 1), pixels.flip(3), pixels)
+
+
+class Bank:
+    """The images of a data set at size x size."""
+
+    def __init__(self, dataset: Dataset, size: int, device: torch.device, folder: Path = Path("."),
+                 budget: int | None = None):
+        self.device, self.names = device, dataset.names
+        shape = (len(dataset), 3, size, size)
+        self.pixels = storage(shape, device, Path(folder, "images.u8"), budget)
+        fill(self.pixels, lambda i: dataset[i]["image"], f"decode {dataset.title}")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def images(self, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """index [B] (CPU), flip bool [B] -> float [B, 3, size, size] in [0, 1] on the device."""
+        flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
+        return unit(self.pixels[index.to(self.pixels.device)], flip, self.device)
+
+
+class MapBank:
+    """One map in [0, 1] per image, stored with 8 bits, at size x size.
+
+    load: index -> uint8 [1, H, W] of any size.
+    """
+
+    def __init__(self, load: Callable[[int], torch.Tensor], count: int, size: int,
+                 device: torch.device, folder: Path = Path("."), budget: int | None = None):
+        self.device = device
+        self.pixels = storage((count, 1, size, size), device, Path(folder, "maps.u8"), budget)
+        fill(self.pixels, load, "read labels")
+
+    def read(self, index: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """index [B], flip [B] -> float [B, 1, size, size] in [0, 1], mirrored where `flip`."""
+        return unit(self.pixels[index.to(self.pixels.device)], flip, self.device)
+
+    def write(self, index: torch.Tensor, flip: torch.Tensor, maps: torch.Tensor) -> None:
+        """Store `maps` as `read` gave them: mirrored ones are turned back first."""
+        maps = torch.where(flip.to(maps.device).view(-1, 1, 1, 1), maps.flip(3), maps)
+        home = self.pixels.device
+        self.pixels[index.to(home)] = (maps * 255 + 0.5).byte().to(home)
+
+    def share(self, order: torch.Tensor, batch: int, world: World) -> None:
+        """After an epoch over `order`: give every process the maps that the others wrote."""
+        if world.size == 1:
+            return
+        owner = torch.zeros(len(self.pixels), dtype=torch.long)   # rank 0 keeps untouched maps
+        owner[order] = torch.arange(len(order)) % batch // (batch // world.size)
+        self.pixels[(owner != world.rank).to(self.pixels.device)] = 0
+        dist.all_reduce(self.pixels)
+
+
+def fill(pixels: torch.Tensor, load: Callable[[int], torch.Tensor], text: str) -> None:
+    """Decode with all cores: pixels[i] = load(i), resized."""
+    def one(i: int) -> torch.Tensor:
+        return TF.resize(load(i), list(pixels.shape[2:]), antialias=True)
+    for i, image in enumerate(progress(parallel_map(one, range(len(pixels))), text, len(pixels))):
+        pixels[i] = image
+
+
+def epoch_order(count: int, batch: int, seed: int, epoch: int) -> tuple[torch.Tensor, int]:
+    """(samples of an epoch in order [steps * batch], batch). The last incomplete batch is dropped;
+    a set smaller than a batch is one batch."""
+    batch = min(batch, count)
+    order = torch.randperm(count, generator=generator("cpu", seed, "order", epoch))
+    return order[:count // batch * batch], batch
+
+
+def batches(order: torch.Tensor, batch: int, seed: int, epoch: int, world: World = World(),
+            flips: str = "anew") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (index [b], flip [b]) for every step; `batch` is global, b = batch / world.size.
+
+    flips: "anew" draws a sample's flip in every epoch, "once" keeps the first one for all epochs.
+    """
+    # one number per sample, also for those that this epoch dropped: fewer than a batch
+    draw = torch.rand(len(order) + batch,
+                      generator=generator("cpu", seed, "flip", 0 if flips == "once" else epoch))
+    share = batch // world.size
+    for whole in order.split(batch):
+        index = whole[world.rank * share:][:share]
+        yield index, draw[index] < 0.5

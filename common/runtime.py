@@ -1,0 +1,287 @@
+"""Runtime helpers: errors, device, processes, randomness, atomic files, checkpoints, log, pictures.
+
+Nothing here knows a method. Three rules hold everywhere:
+
+* a problem that a user can solve is a `UserError` with one clear sentence, never a traceback;
+* a file is written under a temporary name and renamed, so a reader never meets half a file;
+* random numbers come from generators seeded by (seed, purpose, epoch), so a run does not depend on
+  how often it was interrupted, on worker threads, or on the number of processes.
+"""
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image
+from torchvision.transforms.v2 import functional as TF
+
+
+# ---- Errors and the command line -------------------------------------------------------------
+class UserError(Exception):
+    """One clear sentence: which file or flag, what is wrong, what to do."""
+
+
+def cli(main: Callable) -> None:
+    """Run `main()` as a program: a `UserError` becomes one line on stderr and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; --resume continues from the last finished epoch")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def progress(items: Iterable, text: str, total: int | None = None) -> Iterator:
+    """Yield `items`; a live line on a terminal, else one line at the end, and only from rank 0."""
+    total = len(items) if total is None else total
+    start, live = time.time(), sys.stderr.isatty()
+    silent = dist.is_initialized() and dist.get_rank() > 0
+    for done, item in enumerate(items, 1):
+        yield item
+        if live and not silent:
+            rate = done / (time.time() - start + 1e-9)
+            print(f"\r{text} {done}/{total} ({rate:.1f}/s)  ", end="", file=sys.stderr, flush=True)
+    if not silent:
+        print("\r" * live + f"{text}: {total} in {time.time() - start:.1f} s", file=sys.stderr)
+
+
+def parallel_map(function: Callable, items: Iterable) -> Iterator:
+    """`map` on threads, results in order. Decoding and resizing release the interpreter lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(function, items)
+
+
+# ---- Device, precision, randomness -----------------------------------------------------------
+def pick_device(name: str = "auto") -> tuple[torch.device, str]:
+    """(device, reason). `name`: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local)
+            return device, f"{torch.cuda.get_device_name(device)} found"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "no CUDA device, MPS found"
+        return torch.device("cpu"), f"no accelerator found, {torch.get_num_threads()} CPU threads"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
+                        "use --device auto or cpu") from None
+    return device, "chosen by --device"
+
+
+def autocast(device: torch.device, amp: str):
+    """bf16 autocast if `amp` is 'bf16', or 'auto' on CUDA; else a context that does nothing."""
+    on = amp == "bf16" or (amp == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
+
+
+def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
+    """A torch generator whose stream depends on `key` alone, for example (seed, 'drop', epoch)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "little"))
+
+
+# ---- Processes (torchrun) --------------------------------------------------------------------
+@dataclass(frozen=True)
+class World:
+    """The processes of a torchrun job; one process without torchrun."""
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """True in the process that prints and writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence) -> Sequence:
+        """Every size-th item, starting at this process's rank."""
+        return items[self.rank::self.size]
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value) -> list:
+        """`value` of every process (any picklable object), in rank order."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def parallel(self, net: torch.nn.Module) -> torch.nn.Module:
+        """The network itself, or wrapped so that its gradients are averaged over the processes."""
+        if self.size == 1:
+            return net
+        return torch.nn.parallel.DistributedDataParallel(net)
+
+
+def join_world(device: torch.device) -> World:
+    """Join the torchrun job that the environment describes, if any (nccl on CUDA, else gloo)."""
+    if "RANK" not in os.environ:
+        return World()
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+# ---- Files -----------------------------------------------------------------------------------
+def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
+    """`write(temporary path)`, then rename to `path`; parent folders are made."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            write(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror or error}); "
+                        "choose another folder with --out or free some space") from None
+
+
+def save_json(path: str | Path, value) -> None:
+    """Write JSON atomically."""
+    write_atomic(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def save_png(path: str | Path, pixels: torch.Tensor | np.ndarray) -> None:
+    """Write uint8 [H, W], [H, W, 3] or [H, W, 4] as PNG atomically."""
+    pixels = np.asarray(pixels)
+    write_atomic(path, lambda part: Image.fromarray(pixels).save(part, "PNG"))
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) \
+            else hashlib.sha256(file.read()).hexdigest()
+
+
+def torch_load(path: str | Path) -> dict:
+    """`torch.load` of tensors and plain values only, on the CPU; raises `UserError`."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, and unicode errors of many kinds
+        raise UserError(f"{path} is not a readable file of tensors "
+                        f"({str(error).splitlines()[0][:80]}); fetch or make it again") from None
+
+
+def load_state(module: torch.nn.Module, state: dict, source: str | Path,
+               surplus: tuple[str, ...] = ()) -> None:
+    """Strict `load_state_dict` that accounts for every key.
+
+    surplus: prefixes of keys that the file may have and `module` does not need (a classifier).
+    Raises `UserError` that names missing, unexpected and misshapen keys.
+    """
+    own = module.state_dict()
+    state = {key: value for key, value in state.items()
+             if key in own or not key.startswith(surplus or ("\0",))}
+    # BatchNorm's batch counters appeared in torch 0.4.1: older files lack them, nothing uses them
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wrong = {"missing": missing, "unexpected": [k for k in state if k not in own],
+             "of another shape": [k for k in own if k in state and state[k].shape != own[k].shape]}
+    if any(wrong.values()):
+        found = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
+                          for what, keys in wrong.items() if keys)
+        raise UserError(f"{source} holds the weights of another network: keys {found}")
+    module.load_state_dict({**own, **state})
+
+
+def save_checkpoint(path: str | Path, **content) -> None:
+    """Write a dict of tensors and plain values that `torch.load(weights_only=True)` reads."""
+    write_atomic(path, lambda part: torch.save(content, part))
+
+
+def load_checkpoint(path: str | Path, method: str, stage: str | None = None) -> dict:
+    """Read a checkpoint of `method` (and `stage`); raises `UserError` for anything else."""
+    found = torch_load(path)
+    of = (found.get("method"), found.get("stage")) if isinstance(found, dict) else (None, None)
+    if of[0] is None:
+        raise UserError(f"{path} is not a checkpoint of this project (a backbone's weights go to "
+                        "--backbone-weights)")
+    if of[0] != method or stage not in (None, of[1]):
+        raise UserError(f"{path} is a checkpoint of {of[0]} stage {of[1]}, "
+                        f"not of {method}{f' stage {stage}' if stage else ''}")
+    return found
+
+
+# ---- Log and pictures ------------------------------------------------------------------------
+def environment() -> dict:
+    """Versions, git commit and processor: what a reader needs to repeat a run."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                                text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        commit = ""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "machine": platform.machine(),
+            "threads": torch.get_num_threads(), "commit": commit or "unknown"}
+
+
+def require_finite(loss: float, epoch: int) -> None:
+    """Raise `UserError` if an epoch's mean loss is not a number, before a checkpoint is written."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of epoch {epoch} is not a number; the checkpoint of epoch "
+                        f"{epoch - 1} is kept: start again with a lower --lr")
+
+
+class Log:
+    """One line per epoch on the terminal and one JSON object per epoch in `log.jsonl`."""
+
+    def __init__(self, folder: Path, epochs: int, done: int = 0, quiet: bool = False):
+        self.path, self.epochs, self.done, self.quiet = folder / "log.jsonl", epochs, done, quiet
+        self.start = self.last = time.time()
+        if not quiet:  # a resumed run forgets what came after its checkpoint
+            kept = self.path.read_text().splitlines() if done and self.path.exists() else []
+            kept = [line + "\n" for line in kept if json.loads(line)["epoch"] <= done]
+            write_atomic(self.path, lambda part: part.write_text("".join(kept)))
+
+    def epoch(self, epoch: int, images: int, **values: float) -> None:
+        """Report epoch number `epoch` (from 1), which saw `images` images, with its `values`."""
+        now = time.time()
+        rate, left = images / (now - self.last), self.epochs - epoch
+        eta = (now - self.start) / max(epoch - self.done, 1) * left
+        memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0) / 1e9
+        self.last = now
+        if self.quiet:
+            return
+        shown = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(f"epoch {epoch:2d}/{self.epochs} | {shown} | {rate:.0f} img/s"
+              + f" | {memory:.1f} GB" * (memory > 0) + f" | eta {eta // 60:.0f}m{eta % 60:02.0f}s",
+              flush=True)
+        record = {"epoch": epoch, **values, "images_per_s": rate, "memory_gb": memory}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def picture_strip(path: str | Path, rows: list[list[torch.Tensor]], side: int = 160) -> None:
+    """Save rows of pictures side by side: each float [C, H, W] in [0, 1] with C = 1 or 3."""
+    cells = [torch.cat([TF.resize(p.float().cpu().clamp(0, 1).expand(3, -1, -1), [side, side])
+                        for p in row], 2) for row in rows]
+    save_png(path, (torch.cat(cells, 1) * 255 + 0.5).byte().permute(1, 2, 0))

@@ -1,0 +1,120 @@
+"""The bank: samples stay aligned with their labels through flips, processes and interruptions."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.bank import Bank, MapBank, batches, epoch_order
+from common.runtime import World
+
+CPU = torch.device("cpu")
+
+
+class Ramps(torch.utils.data.Dataset):
+    """Six 4x4 photos whose pixel (y, x) of photo i is 40 i + x."""
+    names, title = list("abcdef"), "ramps"
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return {"image": (40 * i + torch.arange(4)).byte().expand(3, 4, 4)}
+
+
+def maps(i):
+    """Label i: column x holds 10 i + x."""
+    return (10 * i + torch.arange(4)).byte().expand(1, 4, 4)
+
+
+def test_images_are_in_0_1_and_flipped_where_asked():
+    bank = Bank(Ramps(), 4, CPU)
+    image = bank.images(torch.tensor([2, 1]), torch.tensor([False, True]))
+    assert image.shape == (2, 3, 4, 4)
+    assert (image[0, 0, 0] * 255).round().tolist() == [80, 81, 82, 83]
+    assert (image[1, 0, 0] * 255).round().tolist() == [43, 42, 41, 40]
+
+
+def test_a_map_read_flipped_and_written_flipped_stays_where_it_was():
+    bank = MapBank(maps, 6, 4, CPU)
+    before = bank.pixels.clone()
+    index, flip = torch.tensor([3, 5, 0]), torch.tensor([True, False, True])
+    bank.write(index, flip, bank.read(index, flip))
+    assert torch.equal(bank.pixels, before)
+
+
+def test_rectifying_equals_eq_14_by_hand_with_flips():
+    """G := 0.4 G + 0.6 Y, where Y belongs to the flipped photo."""
+    bank = MapBank(maps, 6, 4, CPU)
+    index, flip = torch.tensor([2]), torch.tensor([True])
+    y = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 1, 4, 4)             # left of the mirrored photo
+    bank.write(index, flip, 0.4 * bank.read(index, flip) + 0.6 * y)
+    want = [0.4 * 20, 0.4 * 21, 0.4 * 22, 0.4 * 23 + 0.6 * 255]           # so right of the photo
+    assert bank.pixels[2, 0, 0].tolist() == [round(v) for v in want]
+    assert torch.equal(bank.pixels[1], maps(1))                           # others untouched
+
+
+def test_too_large_a_bank_is_a_file_with_the_same_numbers(tmp_path):
+    bank, mapped = Bank(Ramps(), 4, CPU), Bank(Ramps(), 4, CPU, tmp_path, budget=100)
+    assert (tmp_path / "images.u8").stat().st_size == 6 * 3 * 4 * 4
+    index, flip = torch.arange(6), torch.arange(6) % 2 == 0
+    assert torch.equal(bank.images(index, flip), mapped.images(index, flip))
+    labels = MapBank(maps, 6, 4, CPU, tmp_path, budget=10)
+    labels.write(index, flip, torch.ones(6, 1, 4, 4))
+    assert labels.pixels.min() == 255 and (tmp_path / "maps.u8").read_bytes() == b"\xff" * 96
+
+
+def test_an_epoch_visits_each_sample_once_and_drops_the_last_incomplete_batch():
+    order, batch = epoch_order(11, 4, seed=0, epoch=1)
+    assert batch == 4 and len(order) == 8 and len(set(order.tolist())) == 8
+    order, batch = epoch_order(3, 8, seed=0, epoch=1)
+    assert batch == 3 and sorted(order.tolist()) == [0, 1, 2]
+
+
+def draw(seed, epoch, flips="anew", world=World()):
+    order, batch = epoch_order(40, 8, seed, epoch)
+    return list(batches(order, batch, seed, epoch, world, flips))
+
+
+def test_order_and_flips_depend_on_seed_and_epoch_alone():
+    def same(a, b):
+        return all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+    assert same(draw(0, 3), draw(0, 3))
+    assert not same(draw(0, 3), draw(0, 4)) and not same(draw(0, 3), draw(1, 3))
+
+
+def test_processes_share_a_batch_without_overlap_and_in_order():
+    for whole, first, second in zip(draw(0, 1), draw(0, 1, world=World(0, 2)),
+                                    draw(0, 1, world=World(1, 2))):
+        for part in (0, 1):
+            assert torch.equal(torch.cat([first[part], second[part]]), whole[part])
+
+
+def test_flips_anew_change_between_epochs_and_flips_once_do_not():
+    def flips(epoch, mode):
+        return {int(i): bool(f) for index, flip in draw(0, epoch, mode) for i, f in zip(index, flip)}
+    assert flips(1, "once") == flips(2, "once")
+    assert flips(1, "anew") != flips(2, "anew")
+    drawn = [f for epoch in range(25) for f in flips(epoch, "anew").values()]
+    assert 0.45 < sum(drawn) / len(drawn) < 0.55
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sharing_keeps_own_maps_and_takes_the_others(rank, monkeypatch):
+    """Batches of 4 over two processes: positions 0, 1 belong to rank 0 and 2, 3 to rank 1."""
+    bank, other = (MapBank(maps, 6, 4, CPU) for _ in range(2))
+    order = torch.tensor([5, 4, 3, 2])
+    for owner, owned in ((0, [5, 4]), (1, [3, 2])):
+        changed = bank if owner == rank else other
+        changed.write(torch.tensor(owned), torch.zeros(2, dtype=torch.bool),
+                      torch.full((2, 1, 4, 4), 0.2 + 0.2 * owner))
+    wires = SimpleNamespace(calls=[])
+
+    def all_reduce(mine):
+        theirs = other.pixels.clone()
+        owner = torch.tensor([0, 0, 1, 1, 0, 0])
+        theirs[owner != 1 - rank] = 0
+        mine += theirs
+        wires.calls.append(1)
+    monkeypatch.setattr("common.bank.dist.all_reduce", all_reduce)
+    bank.share(order, 4, World(rank, 2))
+    assert wires.calls and bank.pixels[:, 0, 0, 0].tolist() == [0, 10, 102, 102, 51, 51]

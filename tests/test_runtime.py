@@ -1,0 +1,108 @@
+"""Errors, files, random numbers and processes of common.runtime."""
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from common import runtime
+from common.runtime import UserError
+
+
+def test_generators_depend_on_their_key_alone():
+    def draw(*key):
+        return torch.rand(4, generator=runtime.generator("cpu", *key)).tolist()
+    assert draw(0, "drop", 1) == draw(0, "drop", 1)
+    keys = [(0, "drop", 1), (0, "drop", 2), (1, "drop", 1), (0, "flip", 1)]
+    assert len({tuple(draw(*key)) for key in keys}) == 4
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+    path = tmp_path / "a" / "last.pt"
+    runtime.save_checkpoint(path, method="m", stage=1)
+
+    def fail(part):
+        part.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        runtime.write_atomic(path, fail)
+    assert runtime.load_checkpoint(path, "m") == {"method": "m", "stage": 1}
+    assert os.listdir(path.parent) == ["last.pt"]
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/x.json \(File exists\)"):
+        runtime.save_json(tmp_path / "file" / "x.json", 1)
+
+
+def test_checkpoints_of_others_are_refused_by_name(tmp_path):
+    path = tmp_path / "last.pt"
+    runtime.save_checkpoint(path, method="class_net", stage=1)
+    with pytest.raises(UserError, match="class_net stage 1, not of a2s"):
+        runtime.load_checkpoint(path, "a2s")
+    with pytest.raises(UserError, match="not of class_net stage 2"):
+        runtime.load_checkpoint(path, "class_net", 2)
+    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a checkpoint.*--backbone-weights"):
+        runtime.load_checkpoint(path, "a2s")
+    path.write_bytes(b"PK half a zip")
+    with pytest.raises(UserError, match="not a readable file of tensors"):
+        runtime.load_checkpoint(path, "a2s")
+    with pytest.raises(UserError, match="there is no file"):
+        runtime.load_checkpoint(tmp_path / "none.pt", "a2s")
+
+
+def test_load_state_accounts_for_every_key():
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm2d(3))
+    good = {key: torch.ones_like(value) for key, value in net.state_dict().items()}
+    runtime.load_state(net, {**good, "fc.weight": torch.ones(1)}, "f", surplus=("fc.",))
+    assert (net[0].weight == 1).all()
+    del good["1.num_batches_tracked"]                                     # older files lack it
+    runtime.load_state(net, good, "f")
+    bad = {**good, "0.weight": torch.ones(3, 3), "extra": torch.ones(1)}
+    del bad["0.bias"]
+    with pytest.raises(UserError, match=r"1 missing \(0.bias\); 1 unexpected \(extra\); "
+                                        r"1 of another shape \(0.weight\)"):
+        runtime.load_state(net, bad, "f")
+
+
+def test_log_forgets_what_came_after_the_checkpoint(tmp_path, capsys):
+    log = runtime.Log(tmp_path, 4)
+    for epoch in (1, 2, 3):
+        log.epoch(epoch, 10, loss=float(epoch))
+    assert "epoch  3/4 | loss 3" in capsys.readouterr().out
+    runtime.Log(tmp_path, 4, done=2).epoch(3, 10, loss=30.0)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["epoch"], r["loss"]) for r in records] == [(1, 1), (2, 2), (3, 30)]
+    runtime.Log(tmp_path, 4)                                              # a new run starts afresh
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_a_loss_that_is_no_number_stops():
+    runtime.require_finite(1.5, 3)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="epoch 3 is not a number.*checkpoint of epoch 2 is kept"):
+            runtime.require_finite(value, 3)
+
+
+def test_shares_of_a_world_are_disjoint_and_complete():
+    parts = [runtime.World(rank, 3).share(range(10)) for rank in range(3)]
+    assert sorted(i for part in parts for i in part) == list(range(10))
+    assert runtime.World().gather("x") == ["x"]
+
+
+def test_an_unusable_device_is_one_sentence():
+    assert runtime.pick_device("cpu")[0].type == "cpu"
+    for name in ("cuda:77", "toaster"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here"):
+            runtime.pick_device(name)
+
+
+def test_picture_strip_places_pictures_in_rows(tmp_path):
+    from PIL import Image
+    runtime.picture_strip(tmp_path / "s.png", [[torch.ones(1, 8, 8), torch.zeros(3, 4, 4)]], 10)
+    image = Image.open(tmp_path / "s.png")
+    assert image.size == (20, 10)
+    assert image.getpixel((5, 5)) == (255, 255, 255) and image.getpixel((15, 5)) == (0, 0, 0)
