@@ -1,0 +1,556 @@
+"""Scores of saliency maps: MAE, F, E, S, weighted F, IoU, and precision-recall curves.
+
+    python -m common.metrics PRED GT                     # two folders, files paired by stem
+    python -m common.metrics ours/ theirs/ GT --latex    # several methods, the same masks
+
+    metrics = Metrics()
+    metrics.add(to_uint8(prob), mask > 0)                # [B, H, W] on any device, batch by batch
+    print(table({"ECSSD": metrics.scores()}))
+
+A map has grey levels v = 0..255, a mask G is boolean, N is the number of pixels, e = 2^-52. Every
+map is first stretched to its full range, t = (v - min) / (max - min); a constant map, and every
+map with `stretch=False`, is t = v / 255. B is the map made binary, B = (t >= threshold). A score
+is computed for each image; the score of a data set is the plain mean over its images.
+
+  MAE   mean |t - G|                                                    [Perazzi, CVPR 2012]
+  F     1.3 P R / (0.3 P + R), precision P = TP / (TP + FP), recall R = TP / (TP + FN);
+        0 wherever a denominator is 0                                   [Achanta, CVPR 2009]
+  E     sum over pixels of (a + 1)^2 / 4, divided by N - 1; a = 2xy / (x^2 + y^2 + e) compares
+        x = B - mean B with y = G - mean G                              [Fan, IJCAI 2018]
+  S     (S_object + S_region) / 2 of grey maps, see `s_measure`         [Fan, ICCV 2017]
+  wF    F with errors weighted by their place, see `weighted_f`         [Margolin, CVPR 2014]
+  IoU   TP / (TP + FP + FN) of t > 0.5; 0 if both are empty
+
+F and E need a threshold, hence three versions of each:
+  _mean  mean over the 256 thresholds 0/255 .. 255/255
+  _max   best single threshold for the whole data set: the maximum of the averaged curve
+  _adp   adaptive threshold min(2 mean(t), 1), another one for every image
+Papers call both _mean and _adp "average F" (the code released with A2S computes _adp). Numbers
+compare only if version, stretching, rounding to 8 bits and resizing are the same.
+
+No score but wF needs the image, only a joint histogram of it: how many pixels lie in block k of
+S, in class G, at level v. `count` makes these 4 x 2 x 256 numbers in one pass, the rest is
+arithmetic on them, and they can be stored, sent between processes and merged.
+
+The values are those of PySODMetrics 1.6 to 1e-9, except where it fails or depends on rounding:
+a block of S without pixels counts 0 (there NaN), a block of one grey level has no variance, a
+level equal to the adaptive threshold is above it, E of a single pixel is divided by 1, not by 0.
+"""
+import argparse
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from common.runtime import UserError, cli, parallel_map, progress, save_json, write_atomic
+
+EPS = 2.0 ** -52
+BETA2 = 0.3                                   # in F; below 1 precision matters more than recall
+NAMES = ("MAE", "F_mean", "F_adp", "F_max", "E_mean", "E_adp", "E_max", "S", "wF", "IoU")
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
+
+
+def to_uint8(prob: Tensor) -> Tensor:
+    """Probabilities of any shape to the nearest grey levels 0..255, as a PNG stores them.
+
+    Values outside [0, 1] are clamped, for resizing overshoots. Raises ValueError for NaN.
+    """
+    if prob.isnan().any():
+        raise ValueError("the prediction contains NaN and cannot be scored")
+    return (prob.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# ---- Pixels to counts ------------------------------------------------------------------------
+def count(pred: Tensor, gt: Tensor) -> Tensor:
+    """Joint histogram of each image: uint8 and bool [B, H, W] -> int32 [B, 4, 2, 256] on the CPU.
+
+    Axes: block of S (top left, top right, bottom left, bottom right), class (background,
+    foreground), grey level. The four blocks meet at the foreground's centre of mass.
+    """
+    b, h, w = pred.shape
+    y, x = torch.arange(h, device=gt.device), torch.arange(w, device=gt.device)
+    in_row, in_col = gt.sum(2), gt.sum(1)                              # [B, H], [B, W]
+    n_fg = in_row.sum(1).clamp(min=1).cpu().double()
+    # The top left block includes the centre, hence + 1. Halves are rounded to even numbers.
+    top = ((in_row * y).sum(1).cpu() / n_fg).round() + 1               # [B]
+    left = ((in_col * x).sum(1).cpu() / n_fg).round() + 1
+    bottom = (y >= top.to(y)[:, None]).int()                           # [B, H]
+    right = (x >= left.to(x)[:, None]).int()                           # [B, W]
+    image = torch.arange(b, device=gt.device, dtype=torch.int32)[:, None]
+    key = pred.int() + (gt.int() << 8)                                 # [B, H, W]
+    key += ((image << 11) + (bottom << 10))[:, :, None]
+    key += (right << 9)[:, None, :]
+    return torch.bincount(key.flatten(), minlength=b << 11).view(b, 4, 2, 256).int().cpu()
+
+
+def value_range(counts: Tensor, stretch: bool) -> tuple[Tensor, Tensor]:
+    """The grey levels that become t = 0 and t = 1: counts [N, 4, 2, 256] -> two int64 [N]."""
+    used = (counts.sum((1, 2)) > 0).int()                              # [N, 256]
+    low, high = used.argmax(1), 255 - used.flip(1).argmax(1)
+    fixed = (low == high) | (not stretch)
+    return torch.where(fixed, 0, low), torch.where(fixed, 255, high)
+
+
+# ---- Counts to scores ------------------------------------------------------------------------
+def score_images(counts: Tensor, stretch: bool) -> dict[str, Tensor]:
+    """Per image: NAMES but wF, float64 [N]; precision, recall, F, E at thresholds 255..0, [N, 256].
+
+    counts: int32 [N, 4, 2, 256] from `count`.
+    """
+    low, high = (level[:, None].double() for level in value_range(counts, stretch))    # [N, 1]
+    v = torch.arange(256, dtype=torch.float64)
+    # This order of operations gives trunc(255 t) below the same value as in the reference.
+    t = ((v / 255 - low / 255) / (high / 255 - low / 255)).clamp(0, 1)                 # [N, 256]
+    counts = counts.double()
+    bg, fg = counts.sum(1).unbind(1)                                                   # [N, 256]
+    n_fg, n = fg.sum(1, keepdim=True), (bg + fg).sum(1, keepdim=True)                  # [N, 1]
+
+    # Curves: column i counts the pixels with trunc(255 t) >= 255 - i.
+    level = (t * 255).long()
+    tp, fp = (torch.zeros_like(t).scatter_add_(1, level, x).flip(1).cumsum(1) for x in (fg, bg))
+    precision, recall, f = f_measure(tp, fp, n_fg)                                     # [N, 256]
+    e = e_measure(tp, fp, n_fg, n)
+
+    # t >= min(2 mean(t), 1) in whole numbers (times n and high - low), so that ties are exact.
+    rise = v - low
+    twice_mean = 2 * ((bg + fg) * rise).sum(1, keepdim=True)
+    adaptive = n * rise >= torch.minimum(twice_mean, n * (high - low))                 # [N, 256]
+    tp, fp = ((x * adaptive).sum(1, keepdim=True) for x in (fg, bg))                   # [N, 1]
+    f_adp, e_adp = f_measure(tp, fp, n_fg)[2], e_measure(tp, fp, n_fg, n)
+    tp, fp = ((x * (t > 0.5)).sum(1, keepdim=True) for x in (fg, bg))
+    iou = divide(tp, fp + n_fg)
+    return {"MAE": (bg * t + fg * (1 - t)).sum(1) / n[:, 0], "S": s_measure(counts, t),
+            "F_mean": f.mean(1), "F_adp": f_adp[:, 0], "F_max": f.amax(1),
+            "E_mean": e.mean(1), "E_adp": e_adp[:, 0], "E_max": e.amax(1), "IoU": iou[:, 0],
+            "precision": precision, "recall": recall, "F": f, "E": e}
+
+
+def divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0."""
+    return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
+
+
+def f_measure(tp: Tensor, fp: Tensor, n_fg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Precision, recall and F from numbers of pixels: tp, fp [N, K], n_fg [N, 1] -> [N, K] each."""
+    precision, recall = divide(tp, tp + fp), divide(tp, n_fg)
+    return precision, recall, divide((1 + BETA2) * precision * recall, BETA2 * precision + recall)
+
+
+def e_measure(tp: Tensor, fp: Tensor, n_fg: Tensor, n: Tensor) -> Tensor:
+    """E from numbers of pixels: tp, fp [N, K], n_fg, n [N, 1] -> [N, K].
+
+    B and G are binary, so there are only four kinds of pixels, each with one summand. For an
+    empty (full) mask the sum is the number of pixels that B calls background (foreground).
+    """
+    mean_b, mean_g = (tp + fp) / n, n_fg / n
+    total = torch.zeros_like(tp)
+    for b, g, pixels in ((1, 1, tp), (1, 0, fp), (0, 1, n_fg - tp), (0, 0, n - n_fg - fp)):
+        x, y = b - mean_b, g - mean_g
+        total += pixels * (2 * x * y / (x * x + y * y + EPS) + 1) ** 2 / 4
+    total = torch.where(n_fg == 0, n - tp - fp, torch.where(n_fg == n, tp + fp, total))
+    return total / (n - 1).clamp(min=1)
+
+
+def s_measure(counts: Tensor, t: Tensor) -> Tensor:
+    """S = max(0, (S_object + S_region) / 2): counts float64 [N, 4, 2, 256], t [N, 256] -> [N].
+
+    S_object is the mean of O(t) on the foreground and O(1 - t) on the background, S_region the
+    mean of the similarities of map and mask in the four blocks; both are weighted by area.
+    For an empty (full) mask S is 1 - mean t (mean t).
+    """
+    bg, fg = counts.sum(1).unbind(1)                                   # [N, 256]
+    n_fg, n = fg.sum(1), (bg + fg).sum(1)                              # [N]
+    share, mean = n_fg / n, ((bg + fg) * t).sum(1) / n
+    s_object = share * object_score(fg, t) + (1 - share) * object_score(bg, 1 - t)
+    area = counts.sum((2, 3)) / n[:, None]                             # [N, 4]
+    s_region = (area * block_similarity(counts, t[:, None])).sum(1)
+    s = ((s_object + s_region) / 2).clamp(min=0)
+    return torch.where(n_fg == 0, 1 - mean, torch.where(n_fg == n, mean, s))
+
+
+def object_score(pixels: Tensor, value: Tensor) -> Tensor:
+    """O = 2m / (m^2 + 1 + sd) of the values [N, 256], the i-th occurring pixels[:, i] times -> [N].
+
+    m: mean, sd: standard deviation with divisor n - 1 (0 for one pixel).
+    """
+    n = pixels.sum(1)
+    m = divide((pixels * value).sum(1), n)
+    variance = (pixels * (value - m[:, None]) ** 2).sum(1) / (n - 1).clamp(min=1)
+    return 2 * m / (m * m + 1 + variance.sqrt())
+
+
+def block_similarity(counts: Tensor, t: Tensor) -> Tensor:
+    """4xyc / ((x^2 + y^2)(c_x + c_y)) in each block: [N, 4, 2, 256], t [N, 1, 256] -> [N, 4].
+
+    x, y: means of t and G in the block; c_x, c_y, c: variances and covariance, divisor n - 1.
+    1 if the denominator is 0: both are constant (whatever the constants), or both are empty.
+    """
+    bg, fg = counts.unbind(2)                                          # [N, 4, 256]
+    both, n_bg, n_fg = bg + fg, bg.sum(2), fg.sum(2)
+    n = n_bg + n_fg                                                    # [N, 4]
+    x, y = divide((both * t).sum(2), n), divide(n_fg, n)
+    # In floating point the mean of a constant may differ from it, so say that it does not.
+    constant = (both > 0).sum(2, keepdim=True) == 1
+    dx = torch.where(constant, 0, t - x[..., None])                    # [N, 4, 256]
+    free = (n - 1).clamp(min=1)
+    c_x = (both * dx ** 2).sum(2) / free
+    c_y = (n_fg * (1 - y) ** 2 + n_bg * y ** 2) / free
+    c = ((fg * dx).sum(2) * (1 - y) - (bg * dx).sum(2) * y) / free
+    top, bottom = 4 * x * y * c, (x ** 2 + y ** 2) * (c_x + c_y)
+    return torch.where(top != 0, top / (bottom + EPS), (bottom == 0).double())
+
+
+# ---- Weighted F ------------------------------------------------------------------------------
+FAR = 16_000                                  # gap of a column without foreground; 2 FAR fits int16
+REACH = 4                                     # columns that `near_search` looks to either side
+BEYOND = (REACH + 1) ** 2                     # its d^2 for anything farther away
+GAUSS = [math.exp(-i * i / (2 * 5 * 5)) for i in range(-3, 4)]
+
+
+def weighted_f(pred: Tensor, gt: Tensor, low: int, high: int) -> float:
+    """Weighted F (beta^2 = 1) of one image on the CPU: pred uint8 [H, W], gt bool [H, W].
+
+    low, high: the grey levels of t = 0 and t = 1. With the error E = |t - G|:
+    * On the background an error costs (2 - 2^(-d / 5)) E, d = distance to the foreground:
+      a stray blob costs up to twice as much as a soft edge.
+    * On the foreground it costs min(E, blurred E): an error among correct pixels is cheap. For
+      the blur (7x7 Gaussian, sigma 5, 0 outside the image) a background pixel takes the E of its
+      nearest foreground pixel; of several, of the leftmost, then of the topmost.
+    TP = foreground area - foreground cost, FP = background cost, R = TP / foreground area.
+    0 for an empty mask. Raises ValueError for images of 16,000 rows or more.
+    """
+    if len(gt) >= FAR:
+        raise ValueError(f"weighted F needs fewer than {FAR} rows of pixels, not {len(gt)}")
+    in_row, in_col = gt.sum(1), gt.sum(0)
+    n_fg = int(in_row.sum())
+    if n_fg == 0:
+        return 0.0
+    rows, cols = bounds(in_row), bounds(in_col)                        # the box around G: [h, w]
+    gap = column_gap(gt[:, cols])                                      # [H, w]
+    near = near_search(gap[rows])                                      # [h, w]
+
+    # Background. Only wrong pixels cost, in most maps a few per cent of all.
+    y, x = ((pred > low) & ~gt).nonzero(as_tuple=True)                 # [K]
+    error = (pred[y, x].double() - low) / (high - low)
+    d2 = torch.full(gt.shape, BEYOND, dtype=torch.int16)
+    d2[rows, cols] = near >> 4
+    d2 = d2[y, x].double()                                             # [K]
+    far = (d2 == BEYOND).nonzero()[:, 0]
+    exact = torch.float32 if max(gt.shape) <= 2000 else torch.float64  # whole numbers below 2^24
+    x = (x[far] - cols.start).to(exact)
+    d2[far] = far_search(gap, in_col[cols].nonzero()[:, 0], y[far], x).double()
+    fp = (error * (2 - torch.exp2(-d2.sqrt() / 5))).sum().item()
+
+    # Foreground. The blur sees 3 pixels around it, which lie in the box and within REACH.
+    gt, gap = gt[rows, cols], gap[rows]                                # [h, w]
+    error = (high - pred[rows, cols].double()) / (high - low)
+    y, x = ((near >> 4 < BEYOND) & ~gt).nonzero(as_tuple=True)
+    column = x + (near[y, x] & 15) - REACH
+    up, down = y - gap[y, column], y + gap[y, column]
+    row = torch.where((up >= 0) & gt[up.clamp(min=0), column], up, down)
+    spread = error * gt
+    spread[y, x] = error[row, column]
+    tp = n_fg - (torch.minimum(error, blur(spread)) * gt).sum().item()
+
+    recall, precision = tp / n_fg, tp / (tp + fp + EPS)
+    return 2 * recall * precision / (recall + precision + EPS)
+
+
+def bounds(line: Tensor) -> slice:
+    """From the first to the last non-zero entry of `line` [L], and 3 more where there is room."""
+    used = line.nonzero()
+    return slice(max(int(used[0]) - 3, 0), int(used[-1]) + 4)
+
+
+def column_gap(gt: Tensor) -> Tensor:
+    """Distance to the nearest foreground pixel in the same column: bool [H, w] -> int16 [H, w]."""
+    gap = (~gt).to(torch.int16) * FAR
+    step = 1
+    while step < len(gap):                    # after this pass, gaps below 2 step are final
+        longer = gap + step
+        torch.minimum(gap[step:], longer[:-step], out=gap[step:])
+        torch.minimum(gap[:-step], longer[step:], out=gap[:-step])
+        step *= 2
+    return gap
+
+
+def near_search(gap: Tensor) -> Tensor:
+    """Nearest foreground within REACH columns: int16 [h, w] -> int16 16 d^2 + (offset + REACH).
+
+    offset: its column minus that of the pixel. d^2 is exact below BEYOND. The minimum of such
+    numbers is the nearest pixel, and the leftmost of equally near ones.
+    """
+    width = gap.shape[1]
+    squares = pad(16 * gap.clamp(max=REACH + 1) ** 2, (REACH, REACH), value=16 * BEYOND)
+    key = torch.full_like(gap, 16 * BEYOND)
+    for i in range(2 * REACH + 1):
+        torch.minimum(key, squares[:, i:i + width] + (16 * (i - REACH) ** 2 + i), out=key)
+    return key
+
+
+def far_search(gap: Tensor, columns: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Exact d^2 of the pixels (y, x): minimum of gap[y, c]^2 + (c - x)^2 over the columns c of G.
+
+    gap int16 [H, w], columns int64 [C], y int64 [K], x float [K] -> [K], of the dtype of x.
+    """
+    c = columns.to(x)
+    curve = gap[:, columns].to(x) ** 2 + c ** 2                        # [H, C]
+    d2 = x ** 2
+    step = 2 ** 17 // len(c) + 1                                       # a block fits the cache
+    for block in (slice(i, i + step) for i in range(0, len(x), step)):
+        d2[block] += curve[y[block]].addr_(x[block], c, alpha=-2).amin(1)      # curve - 2xc
+    return d2
+
+
+def blur(image: Tensor) -> Tensor:
+    """7x7 Gaussian of sigma 5 with zeros outside: float64 [h, w] -> [h, w]."""
+    wide = pad(image, (3, 3, 3, 3))
+    for axis, size in enumerate(image.shape):
+        total = torch.zeros_like(wide.narrow(axis, 0, size))
+        for i, weight in enumerate(GAUSS):
+            total.add_(wide.narrow(axis, i, size), alpha=weight / sum(GAUSS))
+        wide = total
+    return wide
+
+
+# ---- The scores of a data set ----------------------------------------------------------------
+class Metrics:
+    """Collects what the scores need from predictions and masks, 8 KB per image.
+
+    wf=False leaves out weighted F, which takes most of the time. stretch=False scores t = v / 255.
+    """
+
+    def __init__(self, wf: bool = True, stretch: bool = True):
+        self.wf, self.stretch = wf, stretch
+        self._counts = [torch.zeros(0, 4, 2, 256, dtype=torch.int32)]
+        self._wf = [torch.zeros(0, dtype=torch.float64)]
+
+    def add(self, pred: Tensor, gt: Tensor) -> None:
+        """Add pred uint8 and gt bool, both [B, H, W] or [H, W]; ValueError for anything else.
+
+        They are counted on their device; weighted F is computed on the CPU.
+        """
+        given = [(x.dtype, tuple(x.shape)) for x in (pred, gt)]
+        if (pred.dtype, gt.dtype) != (torch.uint8, torch.bool) or pred.shape != gt.shape \
+                or pred.dim() not in (2, 3) or pred.numel() == 0:
+            raise ValueError("prediction and mask must be uint8 and bool, both [B, H, W] or [H, W] "
+                             f"and not empty, but are {given[0]} and {given[1]}; see to_uint8")
+        pred, gt = (x.reshape(-1, *x.shape[-2:]) for x in (pred, gt))
+        size = 1 if pred.device.type == "cpu" else len(pred)      # one image fits the CPU's cache
+        counts = torch.cat([count(p, g) for p, g in zip(pred.split(size), gt.split(size))])
+        self._counts.append(counts)
+        if self.wf:
+            levels = torch.stack(value_range(counts, self.stretch), 1).tolist()
+            wf = [weighted_f(p, g, *level) for p, g, level in zip(pred.cpu(), gt.cpu(), levels)]
+            self._wf.append(torch.tensor(wf, dtype=torch.float64))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything collected, as CPU tensors: counts [n, 4, 2, 256], wF [n] (or [0]), stretch."""
+        return {"counts": torch.cat(self._counts), "wF": torch.cat(self._wf),
+                "stretch": torch.tensor(self.stretch)}
+
+    def merge(self, other: "Metrics | Mapping[str, Tensor]") -> None:
+        """Append what another `Metrics`, or the `state()` of one in another process, collected.
+
+        Raises ValueError if that was done with other options.
+        """
+        state = other.state() if isinstance(other, Metrics) else other
+        same_wf = len(state["wF"]) == len(state["counts"]) * self.wf
+        if not same_wf or bool(state["stretch"]) != self.stretch:
+            raise ValueError("metrics with different options (wf, stretch) cannot be merged")
+        self._counts.append(state["counts"])
+        self._wf.append(state["wF"])
+
+    def _images(self) -> dict[str, Tensor]:
+        state = self.state()
+        if len(state["counts"]) == 0:
+            raise UserError("there is no pair of map and mask to score")
+        parts = [score_images(part, self.stretch) for part in state["counts"].split(256)]
+        images = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return images | ({"wF": state["wF"]} if self.wf else {})
+
+    def per_image(self) -> dict[str, Tensor]:
+        """float64 [n] for each of NAMES, in the order of `add`; without wF if wf=False.
+
+        F_max and E_max use the best threshold of each image: their means exceed those of `scores`.
+        """
+        images = self._images()
+        return {name: images[name] for name in NAMES if name in images}
+
+    def curves(self) -> dict[str, Tensor]:
+        """precision, recall, F, E at thresholds 255..0, means over images: float64 [256] each."""
+        images = self._images()
+        return {name: images[name].mean(0) for name in ("precision", "recall", "F", "E")}
+
+    def scores(self) -> dict[str, float | None]:
+        """n and NAMES, means over images; wF is None if wf=False. UserError without images."""
+        images = self._images()
+        result = {name: images[name].mean().item() if name in images else None for name in NAMES}
+        best = {f"{name}_max": images[name].mean(0).max().item() for name in ("F", "E")}
+        return {"n": len(images["MAE"])} | result | best
+
+
+def table(results: Mapping[str, Mapping], style: str = "text") -> str:
+    """{row title: scores} as a table with three decimals; style: text, markdown or latex."""
+    rows = [["", "n", *NAMES]]
+    for title, scores in results.items():
+        values = ("-" if scores[name] is None else f"{scores[name]:.3f}" for name in NAMES)
+        rows.append([title, str(scores["n"]), *values])
+    if style == "latex":
+        rows = [[cell.replace("_", r"\_") for cell in row] for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    if style == "markdown":
+        rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    left, gap, right = {"text": ("", "  ", ""), "markdown": ("| ", " | ", " |"),
+                        "latex": ("", " & ", r" \\")}[style]
+    lines = []
+    for title, *cells in rows:
+        cells = [title.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]
+        lines.append(left + gap.join(cells) + right)
+    if style == "latex":
+        begin = r"\begin{tabular}{l" + "r" * len(widths[1:]) + "}"
+        lines = [begin, lines[0], r"\hline", *lines[1:], r"\end{tabular}"]
+    return "\n".join(lines)
+
+
+# ---- Folders ---------------------------------------------------------------------------------
+def find_images(folder: str | Path) -> dict[str, Path]:
+    """{path below `folder` without suffix: file}, with sub-folders. UserError if there is none."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in found:
+                raise UserError(f"{found[stem]} and {path} have the same stem; keep one of them")
+            found[stem] = path
+    if not found:
+        raise UserError(f"{folder} is not a folder with images ({', '.join(SUFFIXES)})")
+    return found
+
+
+def load_grey(path: Path) -> Image.Image:
+    """An image of any mode as 8-bit grey. Raises UserError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):    # 16 bits, which convert("L") would clip
+                return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            return image.convert("L")
+    except Exception as error:                # Pillow raises a dozen kinds
+        raise UserError(f"{path} is not a readable image ({error}); replace it") from None
+
+
+def evaluate_folders(pred: str | Path, gt: str | Path, wf: bool = True, stretch: bool = True,
+                     gt_rule: str = "128", resize: str = "bilinear", empty: str = "keep",
+                     ) -> tuple[Metrics, list[str], dict[str, list[str]]]:
+    """Score the maps in `pred` against the masks in `gt`, paired by stem, on all cores.
+
+    gt_rule: foreground is above '128', or above 'half' of the mask's maximum (masks of 0 and 1).
+    resize: filter for a map of another size than its mask. empty: 'keep' or 'skip' empty masks.
+    Returns the metrics, the stems scored, {problem: files}. Raises UserError if nothing pairs up.
+    """
+    maps, masks = find_images(pred), find_images(gt)
+    names = sorted(maps.keys() & masks.keys())
+    if not names:
+        raise UserError(f"no file in {pred} has the stem of a mask in {gt}; check both folders")
+    report = {"missing": sorted(masks.keys() - maps.keys()), "unreadable": [],
+              "extra": sorted(maps.keys() - masks.keys()), "resized": [], "empty mask": [],
+              "constant map": []}
+
+    def score(name: str) -> tuple[Metrics | None, dict[str, str]]:
+        try:
+            grey, mask = load_grey(maps[name]), np.array(load_grey(masks[name]))
+        except UserError as error:
+            return None, {"unreadable": str(error)}
+        inside = torch.from_numpy(mask > (128 if gt_rule == "128" else mask.max() / 2))
+        low, high = grey.getextrema()
+        size = mask.shape[::-1]
+        found = (("resized", grey.size != size), ("empty mask", not inside.any()),
+                 ("constant map", low == high))
+        notes = {problem: name for problem, holds in found if holds}
+        if empty == "skip" and "empty mask" in notes:
+            return None, notes
+        if grey.size != size:
+            grey = grey.resize(size, Image.Resampling[resize.upper()])
+        metrics = Metrics(wf, stretch)
+        metrics.add(torch.from_numpy(np.array(grey)), inside)
+        return metrics, notes
+
+    total, scored, threads = Metrics(wf, stretch), [], torch.get_num_threads()
+    torch.set_num_threads(1)                  # one image per core beats all cores on one image
+    try:
+        results = progress(parallel_map(score, names), str(pred), len(names))
+        for name, (metrics, notes) in zip(names, results):
+            for problem, text in notes.items():
+                report[problem].append(text)
+            if metrics:
+                total.merge(metrics)
+                scored.append(name)
+    finally:
+        torch.set_num_threads(threads)
+    return total, scored, report
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `python -m common.metrics`."""
+    parser = argparse.ArgumentParser("python -m common.metrics", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("pred", nargs="+", type=Path, help="folder of maps, png or jpg; several are compared")
+    add("gt", type=Path, help="folder of masks with the same stems")
+    add("--gt-rule", choices=("128", "half"), default="128",
+        help="foreground is > 128, or > half of the mask's maximum (default: 128)")
+    add("--resize", choices=("bilinear", "bicubic", "nearest"), default="bilinear",
+        help="filter for maps of another size than their mask (default: bilinear)")
+    add("--no-stretch", dest="stretch", action="store_false", help="score v / 255, no stretching")
+    add("--empty", choices=("keep", "skip"), default="keep",
+        help="images with an empty mask, whose F, wF and IoU are 0 (default: keep)")
+    add("--no-wf", dest="wf", action="store_false", help="leave out weighted F, for speed")
+    add("--allow-missing", action="store_true", help="score what can be read, whatever is missing")
+    add("--json", type=Path, metavar="FILE", help="write the scores; of several folders, by folder")
+    add("--csv", type=Path, metavar="FILE", help="write the scores of each image")
+    add("--markdown", dest="style", action="store_const", const="markdown", default="text")
+    add("--latex", dest="style", action="store_const", const="latex")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Score folders, print a report and a table; UserError if a mask has no readable map."""
+    args = build_parser().parse_args(argv)
+    results, lines, lost = {}, [["folder", "image", *NAMES]], 0
+    for folder in args.pred:
+        metrics, names, report = evaluate_folders(folder, args.gt, args.wf, args.stretch,
+                                                  args.gt_rule, args.resize, args.empty)
+        print(f"{folder}: {len(names)} images")
+        for problem, files in report.items():
+            if files:
+                more = ", ..." * (len(files) > 4)
+                print(f"  {len(files)} {problem}: {', '.join(files[:4])}{more}")
+        if report["empty mask"] and args.gt_rule == "128":
+            print("  (masks of 0 and 1 look empty: read them with --gt-rule half)")
+        lost += len(report["missing"]) + len(report["unreadable"])
+        results[str(folder)] = metrics.scores()
+        images = {key: value.tolist() for key, value in metrics.per_image().items()}
+        lines += [[folder, name, *(images[key][i] if key in images else "" for key in NAMES)]
+                  for i, name in enumerate(names)]
+    if lost and not args.allow_missing:
+        raise UserError(f"{lost} masks have no readable map (listed above), and the scores of the "
+                        "others would not compare; complete the folder or use --allow-missing")
+    print(f"options: mask > {args.gt_rule}, {'' if args.stretch else 'not '}stretched, resize "
+          f"{args.resize}, empty masks {args.empty}; beta^2 is 0.3 in F, 1 in wF; IoU at 0.5")
+    print(table(results, args.style))
+    if args.json:
+        save_json(args.json, results if len(results) > 1 else results[str(args.pred[0])])
+    if args.csv:
+        def write(part: Path) -> None:
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(lines)
+        write_atomic(args.csv, write)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,416 @@
+"""Data sets: what pictures decode to, which files belong together, and what bad input says."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import datasets
+from common.datasets import REGISTRY, check, load_image, load_mask, main, open_set, read_split
+from common.runtime import UserError
+
+ROW = np.array([[0, 100, 200, 255]], np.uint8)  # [1, 4]
+
+
+def draw(path: Path, value: int = 0, size: tuple[int, int] = (6, 4), mode: str = "RGB") -> Path:
+    """A picture of one grey value; size is (W, H)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, value).convert(mode).save(path)
+    return path
+
+
+def pairs(folder: Path, stems, image: str = "images/{}.jpg", mask: str = "masks/{}.png") -> Path:
+    """Photo i has grey value 10 i; its mask is foreground for even i."""
+    for i, stem in enumerate(stems):
+        draw(folder / image.format(stem), 10 * i)
+        draw(folder / mask.format(stem), 255 * (i % 2 == 0), mode="L")
+    return folder
+
+
+def values(dataset) -> dict[str, tuple[int, int]]:
+    """name -> (grey value of the photo, value of the mask)."""
+    samples = [dataset[i] for i in range(len(dataset))]
+    return {s["name"]: (int(s["image"][0, 0, 0]), int(s["mask"][0, 0, 0])) for s in samples}
+
+
+def error(call, *args, **options) -> str:
+    """The one-line message of the `UserError` that the call raises."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- Decoding --------------------------------------------------------------------------------
+def test_pictures_of_every_mode_decode_to_their_colours(tmp_path):
+    red = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)  # [1, 2, 3]
+    rgb = Image.fromarray(red)
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(7)
+    for name, image in {"rgb.png": rgb, "rgba.png": alpha, "bitmap.BMP": rgb,
+                        "palette.png": rgb.quantize(2)}.items():
+        image.save(tmp_path / name)
+        assert load_image(tmp_path / name).permute(1, 2, 0).tolist() == red.tolist(), name
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")  # no cyan: red
+    red = load_image(tmp_path / "cmyk.jpg")[:, 4, 4].tolist()
+    assert red[0] > 240 and max(red[1:]) < 15
+    Image.fromarray(ROW).save(tmp_path / "grey.png")
+    got = load_image(tmp_path / "grey.png")
+    assert got.dtype == torch.uint8 and got.is_contiguous() and got.tolist() == [ROW.tolist()] * 3
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(ROW.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert load_image(tmp_path / "deep.png")[1].tolist() == ROW.tolist()
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.fromarray(np.array([[0, 255]], np.uint8).repeat(8, 0).repeat(8, 1))  # left dark
+    tags = Image.Exif()
+    tags[0x0112] = 6  # to be turned clockwise by 90 degrees: the left edge becomes the top
+    image.save(tmp_path / "turned.jpg", exif=tags)
+    got = load_image(tmp_path / "turned.jpg")
+    assert got.shape == (3, 16, 8)
+    assert got[:, :7].max() < 40 and got[:, 9:].min() > 215
+
+
+def masks_of(tmp_path):
+    """(file name, picture, expected foreground) of the kinds of masks that public sets hold."""
+    palette = Image.fromarray(np.array([[0, 1, 2, 1]], np.uint8), "P")
+    palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # dark red and green: grey 38 and 75
+    ramp = Image.fromarray(ROW, "P")
+    ramp.putpalette([level for level in range(256) for _ in range(3)])
+    grey = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8))
+    return [("grey.png", grey, [0, 0, 1, 1]),
+            ("rgb.png", grey.convert("RGB"), [0, 0, 1, 1]),
+            ("bit.png", grey.point(lambda v: 255 * (v > 127)).convert("1"), [0, 0, 1, 1]),
+            ("ones.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint8)), [0, 1, 0, 1]),
+            ("none.png", Image.fromarray(np.zeros((1, 4), np.uint8)), [0, 0, 0, 0]),
+            ("objects.png", palette, [0, 1, 1, 1]),
+            ("ramp.png", ramp, [0, 0, 1, 1]),
+            ("deep.png", Image.fromarray(ROW.astype(np.uint16) * 257), [0, 0, 1, 1]),
+            ("deep255.png", Image.fromarray(np.array([[0, 255, 0, 255]], np.uint16)), [0, 1, 0, 1]),
+            ("deep1.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint16)), [0, 1, 0, 1])]
+
+
+def test_masks_of_every_kind_are_binary(tmp_path):
+    for name, image, foreground in masks_of(tmp_path):
+        image.save(tmp_path / name)
+        got = load_mask(tmp_path / name)
+        assert got.dtype == torch.uint8 and got.shape == (1, 1, 4)
+        assert got.flatten().tolist() == [255 * f for f in foreground], name
+
+
+def test_unreadable_files_are_named(tmp_path):
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(photo)
+    files = {"short.jpg": photo.read_bytes()[:900], "empty.png": b"", "text.jpg": b"not a photo"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        for load in (load_image, load_mask):
+            assert str(tmp_path / name) in error(load, tmp_path / name)
+    assert "gone.jpg" in error(load_image, tmp_path / "gone.jpg")
+
+
+# ---- Pairing ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("image, mask", [
+    ("images/{}.jpg", "masks/{}.png"), ("imgs/{}.png", "gts/{}.png"), ("Imgs/{}.jpeg", "GT/{}.bmp"),
+    ("RGB/{}.jpg", "gt/{}.jpg"), ("image/{}.jpg", "segmentations/{}.png"), ("{}.jpg", "{}.png"),
+    ("ECSSD/images/{}.jpg", "ground_truth_mask/{}.png"), ("Imgs/{}.jpg", "Imgs/{}.png"),
+    ("DUTS-TR-Image/{}.jpg", "DUTS-TR-Mask/{}.png"), ("Image/{}.JPG", "Mask/{}.PNG"),
+    ("DUT-OMRON-image/DUT-OMRON-image/{}.jpg", "DUT-gt-pixelwise.zip/pixelwiseGT-new-PNG/{}.png"),
+    ("datasets/imgs/{}.jpg", "datasets/masks/{}.png"), ("{}.jpg", "GT/{}.png"),
+    ("train-images/{}.jpg", "train-labels/{}.png")])
+def test_layouts_pair_by_stem(tmp_path, image, mask):
+    stems = ["b", "a", "10_28113685.growl", "2"]
+    dataset = open_set(pairs(tmp_path / "set", stems, image, mask))
+    draw(tmp_path / "set/__MACOSX/images/c.jpg")
+    draw(tmp_path / "set/.hidden/c.jpg")
+    (tmp_path / "set/.DS_Store").write_text("")
+    expected = {"10_28113685.growl": (20, 255), "2": (30, 0), "a": (10, 0), "b": (0, 255)}
+    assert values(dataset) == expected and values(open_set(tmp_path / "set")) == expected
+    assert dataset.names == sorted(expected) and dataset.title == "set"
+
+
+def test_strays_beside_a_folder_of_photos_are_no_photos(tmp_path):
+    pairs(tmp_path, "ab")
+    draw(tmp_path / "cover.jpg")
+    draw(tmp_path / "results/a.jpg")
+    assert open_set(tmp_path).names == ["a", "b"]
+
+
+def test_sample_holds_what_the_docstring_says(tmp_path):
+    draw(tmp_path / "images/a.jpg", 50, (6, 4))
+    draw(tmp_path / "masks/a.png", 255, (6, 4))
+    draw(tmp_path / "depth/a.png", 80, (12, 8), "L")  # another resolution: brought to the photo's
+    (tmp_path / "captions.txt").write_text('image,caption\na.jpg,"One, two ."\na.jpg,Three\n')
+    sample = open_set(tmp_path)[0]
+    assert {k: tuple(sample[k].shape) for k in ("image", "mask", "modality")} == {
+        "image": (3, 4, 6), "mask": (1, 4, 6), "modality": (3, 4, 6)}
+    assert sample["modality"].unique().tolist() == [80]
+    assert sample["caption"] == ["One, two .", "Three"]
+    assert sample["size"] == (4, 6) and sample["name"] == "a"
+
+
+def test_clips_keep_their_folder_in_the_name(tmp_path):
+    clips = ["bear/000", "bear/001", "cat/000"]
+    pairs(tmp_path / "inner", clips, "JPEGImages/{}.jpg", "Annotations/{}.png")
+    pairs(tmp_path / "outer", ["000", "001"], "bear/Imgs/{}.jpg", "bear/GT/{}.png")
+    pairs(tmp_path / "outer", ["000"], "cat/Imgs/{}.jpg", "cat/GT/{}.png")
+    assert values(open_set(tmp_path / "inner")) == {
+        "bear/000": (0, 255), "bear/001": (10, 0), "cat/000": (20, 255)}
+    assert open_set(tmp_path / "outer").names == clips
+    assert open_set(tmp_path / "inner/JPEGImages/bear", masks=False).names == ["000", "001"]
+
+
+def test_without_masks_nothing_of_them_is_touched(tmp_path):
+    pairs(tmp_path, ["a", "b"])
+    (tmp_path / "masks/a.png").write_bytes(b"broken")
+    draw(tmp_path / "masks/b.jpg")  # an ambiguous mask
+    dataset = open_set(tmp_path, masks=False)
+    assert [dataset[i]["mask"] for i in range(2)] == [None, None]
+    draw(tmp_path / "ECSSD/images/a.jpg")
+    assert open_set("ECSSD", tmp_path, masks=False)[0]["mask"] is None
+
+
+def test_bad_folders_say_what_is_wrong(tmp_path):
+    pairs(tmp_path / "gap", "abcde")
+    for stem in "abcd":
+        (tmp_path / f"gap/masks/{stem}.png").unlink()
+    assert "4 of 5 pictures" in (text := error(open_set, tmp_path / "gap"))
+    assert "a, b, c, …" in text and "mask" in text
+    pairs(tmp_path / "twice", "ab")
+    draw(tmp_path / "twice/masks/b.jpg")
+    text = error(open_set, tmp_path / "twice")
+    assert "b.jpg" in text and "b.png" in text
+    pairs(tmp_path / "size", "a")
+    draw(tmp_path / "size/masks/a.png", size=(4, 6))
+    text = error(open_set(tmp_path / "size").__getitem__, 0)
+    assert all(t in text for t in ("images/a.jpg", "masks/a.png", "4 x 6", "6 x 4"))
+    (tmp_path / "empty").mkdir()
+    assert "empty" in error(open_set, tmp_path / "empty")
+    pairs(tmp_path / "depth", "ab")
+    draw(tmp_path / "depth/depth/a.png")
+    text = error(open_set, tmp_path / "depth")
+    assert "1 of 2 pictures" in text and "no depth: b" in text
+    draw(tmp_path / "depth/T/a.png")
+    assert "both depth and thermal" in error(open_set, tmp_path / "depth")
+
+
+def test_captions_of_coco_and_flickr(tmp_path):
+    draw(tmp_path / "coco/train2017/000000000009.jpg")
+    draw(tmp_path / "flickr/Flicker8k_Dataset/x_1.jpg")
+    coco = {"images": [{"id": 9, "file_name": "000000000009.jpg"}],
+            "annotations": [{"image_id": 9, "caption": text} for text in ("A dog \n", "Dogs")]}
+    (tmp_path / "coco/annotations").mkdir()
+    (tmp_path / "coco/annotations/captions_train2017.json").write_text(json.dumps(coco))
+    (tmp_path / "flickr/Flickr8k.token.txt").write_text("x_1.jpg#0\tA cat .\nx_1.jpg#1\tCats .\n")
+    assert open_set("COCO-captions", tmp_path)[0]["caption"] == ["A dog", "Dogs"]
+    assert open_set("flickr", tmp_path, masks=False)[0]["caption"] == ["A cat .", "Cats ."]
+    draw(tmp_path / "coco/train2017/000000000010.jpg")
+    assert "no caption: 000000000010" in error(open_set, "COCO-captions", tmp_path)
+    (tmp_path / "coco/annotations/captions_train2017.json").write_text("{")
+    assert "captions_train2017.json" in error(open_set, "COCO-captions", tmp_path)
+
+
+# ---- Lists and joint sets --------------------------------------------------------------------
+def test_lists_restrict_by_stem_or_by_clip(tmp_path):
+    pairs(tmp_path / "set", "abcd")
+    pairs(tmp_path / "clips", ["bear/0", "bear/1", "cat/0"])
+    stems, clips = tmp_path / "some.txt", tmp_path / "clips.txt"
+    stems.write_text("# my choice\nc.jpg\n\na\r\n")
+    clips.write_text("bear\n")
+    dataset = open_set(f"{tmp_path}/set@{stems}")
+    assert values(dataset) == {"a": (0, 255), "c": (20, 255)} and dataset.title == "set@some"
+    assert open_set(f"clips@{clips}", tmp_path).names == ["bear/0", "bear/1"]
+    stems.write_text("a\ny.png\nz\n")
+    text = error(open_set, f"{tmp_path}/set@{stems}")
+    assert "2 of the 3 stems" in text and "y, z" in text and "some.txt" in text
+    stems.write_text("\n")
+    assert "empty" in error(open_set, f"{tmp_path}/set@{stems}")
+    assert "gone.txt" in error(open_set, f"{tmp_path}/set@gone.txt")
+
+
+def test_joint_sets_prefix_names(tmp_path):
+    pairs(tmp_path / "A", "ab")
+    pairs(tmp_path / "B", "bc")
+    (tmp_path / "c.txt").write_text("c\n")
+    dataset = open_set(f"A+B@{tmp_path}/c.txt", tmp_path)
+    assert values(dataset) == {"A/a": (0, 255), "A/b": (10, 0), "B@c/c": (10, 0)}
+    assert dataset.title == "A+B@c"
+    (tmp_path / "a.txt").write_text("a\n")
+    assert open_set(f"A@{tmp_path}/a.txt+B@{tmp_path}/c.txt", tmp_path).names == ["A@a/a", "B@c/c"]
+    assert "gone.txt" in error(open_set, "A@gone.txt+B", tmp_path)
+    assert "A/a" in error(open_set, "A+A", tmp_path)
+    assert "'nothing'" in error(open_set, "A+nothing", tmp_path)
+
+
+def test_an_existing_path_wins_over_plus_and_at(tmp_path):
+    for part in ("A", "A+B", "me"):  # shorter readings of the paths below
+        pairs(tmp_path / part, "z")
+    pairs(tmp_path / "A+B@x", "a")
+    pairs(tmp_path / "C", "c")
+    pairs(tmp_path / "me@home/D", "de")
+    (tmp_path / "d.txt").write_text("d\n")
+    assert open_set(tmp_path / "A+B@x").names == ["a"]
+    assert open_set(f"{tmp_path}/A+B@x+{tmp_path}/C").names == ["A+B@x/a", "C/c"]
+    assert open_set(f"{tmp_path}/me@home/D@{tmp_path}/d.txt").names == ["d"]
+
+
+# ---- Registered sets -------------------------------------------------------------------------
+def test_msra_b_needs_no_list_to_be_split(tmp_path):
+    stems = {split: read_split("MSRA-B", split) for split in ("train", "val", "test")}
+    assert {split: len(set(names)) for split, names in stems.items()} == {
+        "train": 2500, "val": 500, "test": 2000}
+    assert len(set().union(*stems.values())) == 5000
+    assert "0_0_147" in stems["train"] and "0_0_610" in stems["val"] and "0_0_272" in stems["test"]
+    assert set(read_split("MSRA-B", "train,val")) == {*stems["train"], *stems["val"]}
+    assert error(open_set, "MSRA-B", tmp_path).startswith("MSRA-B is missing")
+
+
+@pytest.mark.parametrize("name, split, count, member", [
+    ("NJUD", "train", 1485, "000347_left"), ("NJUD", "test", 500, "001139_left"),
+    ("NLPR", "train", 700, "9_03-44-46"), ("NLPR", "test", 300, "10_03-02-58"),
+    ("ORSSD", "train", 600, "0001"), ("ORSSD", "test", 200, "0004"),
+    ("DAVIS", "train", 30, "bear"), ("DAVIS", "val", 20, "blackswan")])
+def test_split_lists(name, split, count, member):
+    stems = read_split(name, split)
+    assert len(stems) == len(set(stems)) == count and member in stems
+    other = {"train": "val" if name == "DAVIS" else "test"}.get(split, "train")
+    assert not set(stems) & set(read_split(name, other))
+
+
+def test_a_split_selects_from_the_whole_archive(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SPLITS", tmp_path)
+    (tmp_path / "MSRA-B.txt").write_text("# ours\ntrain 0_*: 1 2\nval *_x: 7\ntest 0_*: 3\n")
+    pairs(tmp_path / "MSRA-B/MSRA-B", ["0_1", "0_2", "7_x", "0_3"], "{}.jpg", "{}.png")
+    assert values(open_set("MSRA-B", tmp_path)) == {
+        "0_1": (0, 255), "0_2": (10, 0), "7_x": (20, 255)}
+    assert open_set("MSRA-B-val", tmp_path).names == ["7_x"]
+    assert open_set("MSRA-B-test", tmp_path).names == ["0_3"]
+    pairs(tmp_path / "MSB-TE", ["r"], "images/{}.jpg", "segmentations/{}.png")  # a re-pack wins
+    assert open_set("MSRA-B-test", tmp_path).names == ["r"]
+    (tmp_path / "DAVIS.txt").write_text("train *: bear\nval *: bus cow\n")  # clips instead of stems
+    for size in ("480p", "1080p"):
+        pairs(tmp_path / "DAVIS", ["bear/0", "bus/0", "cow/0", "cow/1"],
+              f"JPEGImages/{size}/{{}}.jpg", f"Annotations/{size}/{{}}.png")
+    assert open_set("DAVIS", tmp_path).names == ["bus/0", "cow/0", "cow/1"]
+    assert open_set("DAVIS-TR", tmp_path).names == ["bear/0"]
+
+
+def test_parts_of_archives_and_names_of_repacks(tmp_path):
+    for part, stem in (("Train", "a"), ("Test", "b")):
+        for kind in ("RGB", "T", "GT"):
+            draw(tmp_path / f"VT5000/{part}/{kind}/{stem}.png", 9)
+    pairs(tmp_path / "EORSSD", ["1", "2"], "train-images/{}.jpg", "train-labels/{}.png")
+    pairs(tmp_path / "EORSSD", ["3"], "test-images/{}.jpg", "test-labels/{}.png")
+    pairs(tmp_path / "dut_o", ["x"])
+    pairs(tmp_path / "PASCAL-S/datasets", ["1"], "imgs/pascal/{}.jpg", "masks/pascal/{}.png")
+    pairs(tmp_path / "PASCAL-S/datasets", ["2"], "imgs/bruce/{}.jpg", "masks/bruce/{}.png")
+    draw(tmp_path / "FBMS/JPEGImages/c/0.jpg")
+    pairs(tmp_path / "FBMS", ["c/1"], "JPEGImages/{}.jpg", "Annotations/{}.png")
+    names = {name: open_set(name, tmp_path).names for name in (
+        "VT5000-TR", "VT5000-TE", "EORSSD", "EORSSD-TR", "DUT-OMRON", "PASCAL-S", "FBMS")}
+    assert names == {"VT5000-TR": ["a"], "VT5000-TE": ["b"], "EORSSD": ["3"],
+                     "EORSSD-TR": ["1", "2"], "DUT-OMRON": ["x"], "PASCAL-S": ["1"],
+                     "FBMS": ["c/1"]}
+    assert open_set("VT5000-TE", tmp_path)[0]["modality"] is not None
+    (tmp_path / "VT5000/Test/T/b.png").unlink()
+    assert "no thermal: b" in error(open_set, "VT5000-TE", tmp_path)
+
+
+def test_joint_registered_sets_open_from_their_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "SPLITS", tmp_path)
+    for name in ("NJUD", "NLPR"):
+        (tmp_path / f"{name}.txt").write_text("train *: a b\ntest *: c\n")
+        pairs(tmp_path / name, "abc")
+        pairs(tmp_path / name, "abc", mask="depth/{}.png")
+    dataset = open_set("RGBD-TR", tmp_path)
+    assert dataset.names == ["NJUD-TR/a", "NJUD-TR/b", "NLPR-TR/a", "NLPR-TR/b"]
+    assert dataset.title == "RGBD-TR" and dataset[2]["modality"] is not None
+
+
+def test_vsod_tr_thins_davsod_only(tmp_path):
+    clips = [f"select1/{i:02}" for i in range(12)] + [f"bear/{i}" for i in range(3)]
+    pairs(tmp_path / "VSOD-TR", clips, "JPEGImages/{}.jpg", "Annotations/{}.png")
+    assert open_set("VSOD-TR", tmp_path).names == [
+        "bear/0", "bear/1", "bear/2", "select1/00", "select1/05", "select1/10"]
+
+
+def test_wrong_count_warns(tmp_path, capsys):
+    pairs(tmp_path / "ECSSD", "ab")
+    assert len(open_set("ECSSD", tmp_path)) == 2
+    assert "2 images instead of 1000" in capsys.readouterr().err
+
+
+def test_unknown_and_missing_names_help(tmp_path):
+    assert "did you mean ECSSD?" in error(open_set, "ecsd", tmp_path)
+    assert "did you mean HKU-IS?" in error(open_set, "hku_is", tmp_path)
+    text = error(open_set, "qqqq", tmp_path)
+    assert "did you mean" not in text and "python -m common.datasets" in text
+    assert "'qqqq@x.txt'" in error(open_set, "qqqq@x.txt", tmp_path)
+    text = error(open_set, "DUTS-TR", tmp_path)
+    assert all(t in text for t in (str(tmp_path / "DUTS-TR"), "http://saliencydetection.net/duts/",
+                                   "data/README.md"))
+    assert "NJUD-TR is missing" in error(open_set, "RGBD-TR", tmp_path)
+
+
+def test_registry_is_consistent():
+    for name, entry in REGISTRY.items():
+        assert entry.origin in datasets.ORIGINS
+        for place in entry.places.split():
+            assert "+" not in place or set(place.split("+")) <= set(REGISTRY), name
+            if "@" in place and entry.origin != "DAVIS":  # its list counts clips, not frames
+                assert len(read_split(entry.origin, place.split("@")[1])) in entry.counts, name
+    readme = (datasets.SPLITS.parent / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", readme, re.M))
+    for name, entry in REGISTRY.items():
+        assert rows[name] == (" or ".join(f"{c:,}" for c in entry.counts) or "-"), name
+
+
+# ---- The checker -----------------------------------------------------------------------------
+def test_checker_states(tmp_path, monkeypatch, capsys):
+    whole = datasets.Entry("ECSSD", "ECSSD", (2,))
+    monkeypatch.setattr(datasets, "REGISTRY", {**REGISTRY, "ECSSD": whole})
+    assert check("ECSSD", tmp_path)[0] == "missing"
+    pairs(tmp_path / "ECSSD", "ab")
+    pairs(tmp_path / "FBMS", "ab")
+    assert check("ECSSD", tmp_path) == ("complete", 2, "")
+    assert check("FBMS", tmp_path) == ("present", 2, "")
+    assert check(str(tmp_path / "FBMS"), tmp_path) == ("present", 2, "")
+    (tmp_path / "ECSSD/masks/b.png").write_bytes(b"x")
+    assert check("ECSSD", tmp_path)[0] == "complete"  # without deep nothing is opened
+    state, count, reason = check("ECSSD", tmp_path, deep=True)
+    assert (state, count) == ("broken", 2) and "1 bad samples" in reason and "b.png" in reason
+    (tmp_path / "ECSSD/masks/b.png").unlink()
+    assert check("ECSSD", tmp_path)[0] == "broken" and "no mask: b" in check("ECSSD", tmp_path)[2]
+    pairs(tmp_path / "ECSSD", "abc")
+    assert check("ECSSD", tmp_path) == ("broken", 3, "3 images instead of 2")
+
+
+def test_checker_command(tmp_path, capsys):
+    root = ["--data-root", str(tmp_path)]
+    main(root)  # a bare listing never fails
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(REGISTRY)
+    assert all(line.split()[1] == "missing" for line in lines[1:])
+    pairs(tmp_path / "FBMS", "ab")
+    main([*root, "FBMS"])
+    assert re.search(r"FBMS +present +2 ", capsys.readouterr().out)
+    with pytest.raises(SystemExit) as status:
+        main([*root, "FBMS", "SIP"])
+    assert status.value.code == 1 and "SIP is missing" in capsys.readouterr().out
+    assert "did you mean ECSSD" in error(main, [*root, "ECSD"])
+
+
+def test_shapes_open_by_name():
+    dataset = open_set("shapes-depth-test")
+    sample = dataset[0]
+    assert sample["modality"].shape == sample["image"].shape
+    assert sorted(datasets.SHAPES) == sorted(
+        f"shapes{kind}{split}" for kind in ("", "-depth", "-thermal", "-video", "-top")
+        for split in ("", "-test"))
+    assert not torch.equal(open_set("shapes")[0]["image"], open_set("shapes-test")[0]["image"])
