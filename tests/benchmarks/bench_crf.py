@@ -1,0 +1,143 @@
+"""Dense CRF: time against pydensecrf in turns, accuracy, and images per second on CUDA.
+
+    python tests/benchmarks/bench_crf.py [--images FOLDER] [--rounds 7]
+
+Time: 320 x 320, 10 iterations, building the filters included. Each round runs both programs in
+turn, so that a busy machine slows both, and the table shows the median of the ratios. pydensecrf
+uses one thread in any case. Without it the other program is the exact sum, at the size of the
+reference images, as it is slow. Two threads mean nothing unless two cores are idle.
+Images: photos from a folder, else those of tests/reference/crf.npz, enlarged.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from common.crf import dense_crf, gaussian, hard_unary  # noqa: E402
+from common.datasets import load_image  # noqa: E402
+from common.metrics import find_images  # noqa: E402
+
+try:
+    import pydensecrf.densecrf as pydensecrf
+except ImportError:
+    pydensecrf = None
+
+SETTINGS = {"prob": (80.0, 13.0), "label": (50.0, 5.0)}  # sxy, srgb
+
+
+def with_pydensecrf(image, prob, sxy, srgb):
+    """image uint8 [1, 3, H, W], prob [1, 1, H, W] -> prob [H, W]."""
+    height, width = prob.shape[2:]
+    p = prob[0, 0].clamp(1e-5, 1 - 1e-5).flatten()
+    crf = pydensecrf.DenseCRF2D(width, height, 2)
+    crf.setUnaryEnergy(-torch.stack([1 - p, p]).log().contiguous().numpy())
+    crf.addPairwiseGaussian(sxy=3, compat=3)
+    rgb = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
+    crf.addPairwiseBilateral(sxy=sxy, srgb=srgb, rgbim=rgb, compat=10)
+    return np.array(crf.inference(10))[1].reshape(height, width)
+
+
+def with_exact_sums(image, prob, sxy, srgb):
+    """The same with all N x N entries of the appearance kernel, float32."""
+    height, width = prob.shape[2:]
+    kernel = gaussian(torch.arange(height), torch.arange(height), sxy)[:, None, :, None] \
+        * gaussian(torch.arange(width), torch.arange(width), sxy)[None, :, None]
+    kernel = kernel.reshape(height * width, -1)
+    for channel in image[0].float():
+        kernel *= gaussian(channel.flatten(), channel.flatten(), srgb)
+    y, x = (gaussian(torch.arange(n), torch.arange(n), 3.0) for n in (height, width))
+    kernel, y, x = (k * (r := k.sum(1).rsqrt())[:, None] * r for k in (kernel, y, x))
+    u, q = torch.logit(prob.clamp(1e-5, 1 - 1e-5)), prob
+    for _ in range(10):
+        v = 2 * q - 1
+        q = torch.sigmoid(u + 10 * (kernel @ v.flatten()).view_as(v) + 3 * (y @ v @ x))
+    return q[0, 0].numpy()
+
+
+def load_cases(folder, size):
+    """(image uint8 [1, 3, H, W], coarse map [1, 1, H, W]) of up to four photos."""
+    data = np.load(ROOT / "tests" / "reference" / "crf.npz")
+    cases = []
+    for k in range(4 if folder else 2):
+        image = torch.from_numpy(data[f"image{k % 2}"]).permute(2, 0, 1)
+        if folder:
+            paths = list(find_images(folder).values())
+            image = load_image(paths[k * len(paths) // 4])
+        image, prob = image[None].float(), torch.from_numpy(data[f"prob{k % 2}"])[None, None] / 255
+        if size:
+            image, prob = (F.interpolate(t, (size, size), mode="bilinear", align_corners=False)
+                           for t in (image, prob))
+        cases.append((image.round().byte(), prob.clamp(0, 1)))
+    return cases
+
+
+def seconds(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def time_cpu(cases, other, rounds):
+    print(f"{'setting':8}{'threads':>8}{'ours ms':>10}{'other ms':>10}{'ratio':>8}{'stride 2':>10}")
+    for name, settings in SETTINGS.items():
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            times = []
+            for image, prob in cases:
+                unary = prob if name == "prob" else hard_unary(prob > 0.5)
+                for turn in range(rounds + 1):  # the first one only warms up
+                    row = [seconds(f, image, unary, *settings) for f in (dense_crf, other)]
+                    row.append(seconds(lambda: dense_crf(image, unary, *settings, stride=2)))
+                    times += [row] if turn else []
+            ours, theirs = (1000 * statistics.median(t[k] for t in times) for k in (0, 1))
+            ratio, strided = (statistics.median(t[k] / t[1] for t in times) for k in (0, 2))
+            print(f"{name:8}{threads:8}{ours:10.1f}{theirs:10.1f}{ratio:8.2f}{strided:10.2f}")
+
+
+def accuracy():
+    data = np.load(ROOT / "tests" / "reference" / "crf.npz")
+    print(f"\n{'error to float64':18}{'ours':>9}{'pydensecrf':>12}")
+    for name, settings in {"prob": (20.0, 13.0), "label": (15.0, 5.0)}.items():
+        for k in range(2):
+            image = torch.from_numpy(data[f"image{k}"]).permute(2, 0, 1)[None]
+            prob = torch.from_numpy(data[f"prob{k}"])[None, None] / 255
+            unary = prob if name == "prob" else hard_unary(prob > 0.5)
+            got = dense_crf(image, unary, *settings)[0, 0].numpy()
+            error = np.abs(got - data[f"exact_{name}{k}"].astype(np.float64)).mean()
+            print(f"{name} {k:<12}{error:>13.5f}{data[f'pydensecrf_error_{name}{k}']:12.5f}")
+
+
+def time_cuda(cases):
+    print(f"\n{'CUDA, images/s':16}" + "".join(f"{f'batch {b}':>10}" for b in (1, 8, 32)))
+    for name, settings in SETTINGS.items():
+        rates = []
+        for batch in (1, 8, 32) if torch.cuda.is_available() else ():
+            image, prob = (torch.cat([case[k] for case in cases] * 32)[:batch].to("cuda")
+                           for k in (0, 1))
+            unary = prob if name == "prob" else hard_unary(prob > 0.5)
+
+            def run():
+                dense_crf(image, unary, *settings, max_bytes=32e9)
+                torch.cuda.synchronize()
+            run()
+            rates.append(batch / statistics.median(seconds(run) for _ in range(7)))
+        print(f"{name:16}" + ("".join(f"{rate:10.1f}" for rate in rates) or f"{'not run':>10}" * 3))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", help="folder of photos")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    rival, edge = (with_pydensecrf, 320) if pydensecrf else (with_exact_sums, None)
+    print(f"other: {'pydensecrf' if pydensecrf else 'the exact sums, float32'}")
+    time_cpu(load_cases(options.images, edge), rival, options.rounds)
+    accuracy()
+    time_cuda(load_cases(options.images, 320))

@@ -1,0 +1,160 @@
+"""Time of the metrics per image, beside PySODMetrics if it is installed, else beside plain code.
+
+    python tests/benchmarks/bench_metrics.py [--folders PRED GT] [--images 24] [--rounds 3]
+
+Without folders the pairs are generated: an ellipse as mask, a shifted, soft, noisy ellipse as map.
+Both sides get every image in turn (interleaved, so that a busy machine slows both); an entry is
+the median over images of the best of the rounds, on one CPU thread. Our scores of all images come
+at the end from the counts and have a line of their own. Then folders of files are scored on all
+cores, and the counting of a batch is timed on the CPU and on CUDA.
+"""
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.metrics import Metrics, evaluate_folders, find_images, load_grey, weighted_f
+
+try:
+    import py_sod_metrics
+except ImportError:
+    py_sod_metrics = None
+
+
+def generate(index: int, h: int = 300, w: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """One map and one mask, uint8 [h, w]; like a good map it is 0 on most of the background."""
+    rng = np.random.default_rng(index)
+    y, x = np.mgrid[:h, :w]
+    cy, cx = rng.uniform(0.3 * h, 0.7 * h), rng.uniform(0.3 * w, 0.7 * w)
+    ry, rx = rng.uniform(0.1 * h, 0.35 * h), rng.uniform(0.1 * w, 0.3 * w)
+    mask = np.hypot((y - cy) / ry, (x - cx) / rx) < 1
+    soft = np.clip(640 * (1.3 - np.hypot((y - cy - 5) / ry, (x - cx + 5) / rx)), 0, 255)
+    grey = np.clip(soft - rng.uniform(0, 20, (h, w)), 0, 255)
+    return grey.astype(np.uint8), mask * np.uint8(255)
+
+
+def ours(pred: np.ndarray, gt: np.ndarray, wf: bool) -> None:
+    Metrics(wf).add(torch.from_numpy(pred), torch.from_numpy(gt > 128))
+
+
+def ours_wf(pred: np.ndarray, gt: np.ndarray) -> None:
+    weighted_f(torch.from_numpy(pred), torch.from_numpy(gt > 128), int(pred.min()), int(pred.max()))
+
+
+def pysod(pred: np.ndarray, gt: np.ndarray, names: str) -> None:
+    for name in names.split():
+        measure = getattr(py_sod_metrics, name)()
+        measure.step(pred, gt)
+        measure.get_results()
+
+
+def plain(pred: np.ndarray, gt: np.ndarray, names: str) -> None:
+    """MAE, F and E threshold by threshold, as the formulas are printed (no S, no weighted F)."""
+    t, g = pred / 255.0, gt > 128
+    np.abs(t - g).mean()
+    for threshold in range(256):
+        b = pred >= threshold
+        tp = (b & g).sum()
+        tp / max(b.sum(), 1), tp / max(g.sum(), 1)
+        x, y = b - b.mean(), g - g.mean()
+        ((2 * x * y / (x * x + y * y + 1e-16) + 1) ** 2 / 4).sum()
+
+
+def interleaved(functions: list, items: list, rounds: int) -> list[float]:
+    """Median over items of the best time of each function, in milliseconds."""
+    best = [[] for _ in functions]
+    for item in items:
+        times = [[] for _ in functions]
+        for _ in range(rounds):
+            for function, spent in zip(functions, times):
+                start = time.perf_counter()
+                function(*item)
+                spent.append(time.perf_counter() - start)
+        for mine, spent in zip(best, times):
+            mine.append(min(spent))
+    return [1000 * statistics.median(times) for times in best]
+
+
+def row(name: str, reference: float | None, mine: float) -> None:
+    first = "-" if reference is None else f"{reference:.2f}"
+    ratio = "" if reference is None else f"{reference / mine:6.1f}x"
+    print(f"{name:44s} {first:>10} {mine:10.2f} {ratio}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folders", nargs=2, type=Path, metavar=("PRED", "GT"))
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        if not args.folders:
+            args.folders = [Path(scratch) / name for name in ("pred", "gt")]
+            for i in range(args.images):
+                for folder, pixels in zip(args.folders, generate(i)):
+                    folder.mkdir(exist_ok=True)
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+        run(*args.folders, args.images, args.rounds)
+
+
+def run(pred: Path, gt: Path, images: int, rounds: int) -> None:
+    """Print the table for pairs of files with equal stems."""
+    maps, masks = find_images(pred), find_images(gt)
+    files = [(maps[name], masks[name]) for name in sorted(maps.keys() & masks.keys())[:images]]
+    pairs = [tuple(np.array(load_grey(path)) for path in pair) for pair in files]
+    other, name = (pysod, "PySODMetrics") if py_sod_metrics else (plain, "plain code")
+    print(f"{len(pairs)} pairs, the first {pairs[0][0].shape}, torch {torch.__version__}, "
+          f"reference: {name}")
+    print(f"{'milliseconds per image':44s} {'reference':>10} {'ours':>10}   ratio")
+
+    quick, slow = "MAE Fmeasure Emeasure Smeasure", "WeightedFmeasure"
+    both = [lambda p, g: other(p, g, quick), lambda p, g: ours(p, g, False)]
+    row("all but wF, in memory", *interleaved(both, pairs, rounds))
+    if py_sod_metrics:
+        both = [lambda p, g: other(p, g, slow), ours_wf]
+        row("wF, in memory", *interleaved(both, pairs, rounds))
+        rng = np.random.default_rng(0)
+        noise = [(rng.integers(0, 256, p.shape, dtype=np.uint8), g) for p, g in pairs[:6]]
+        row("wF of pure noise, in memory", *interleaved(both, noise, rounds))
+        both = [lambda p, g: other(p, g, f"{quick} {slow}"), lambda p, g: ours(p, g, True)]
+        row("all, in memory", *interleaved(both, pairs, rounds))
+        read = [lambda p, g, f=f: f(np.array(load_grey(p)), np.array(load_grey(g))) for f in both]
+        row("all, from files", *interleaved(read, files, rounds))
+    metrics = Metrics(wf=False)
+    for p, g in pairs:
+        metrics.add(torch.from_numpy(p), torch.from_numpy(g > 128))
+    spent = interleaved([metrics.scores], [()], rounds)[0] / len(pairs)
+    row("scores from the counts, once per data set", None, spent)
+    for wf in (True, False):
+        with contextlib.redirect_stderr(io.StringIO()):
+            start = time.perf_counter()
+            _, names, _ = evaluate_folders(pred, gt, wf=wf)
+            spent = 1000 * (time.perf_counter() - start) / len(names)
+        row(f"folder on {os.cpu_count()} cores{'' if wf else ', no wF'}, from files", None, spent)
+
+    p, g = (torch.from_numpy(pairs[0][i])[None].repeat(32, 1, 1) for i in (0, 1))
+    batch = {"cpu": (p, g > 128)}
+    if torch.cuda.is_available():
+        batch["cuda"] = (p.to("cuda"), (g > 128).to("cuda"))
+    for device, (p, g) in batch.items():
+        spent = interleaved([lambda p, g: Metrics(wf=False).add(p, g)], [(p, g)], 5)[0] / 32
+        row(f"counting in batches of 32 on {device}", None, spent)
+    if "cuda" not in batch:
+        print("counting in batches of 32 on cuda: not run (no CUDA device)")
+
+
+if __name__ == "__main__":
+    main()
