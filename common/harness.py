@@ -1,0 +1,284 @@
+"""What every script does the same way: flags, run folder, evaluation, prediction.
+
+The flags are spelt once here, so that they mean the same in every script. Nothing here knows a
+method: a network is a function from images [B, 3, S, S] in [0, 1] to saliency logits [B, 1, S, S].
+"""
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from common import runtime
+from common.backbones import BACKBONES, PIXELS
+from common.bank import MapBank
+from common.crf import dense_crf, photo_sxy
+from common.datasets import load_image, open_set
+from common.metrics import Metrics, table, to_uint8
+from common.runtime import UserError, progress, save_json, save_png, write_atomic
+
+
+# ---- Flags -----------------------------------------------------------------------------------
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that all scripts share; a default of None stands for the method's own."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="shapes", metavar="SET",
+                      help="a registered set (python -m common.datasets lists them), a folder of "
+                      "photos, sets joined with +, each restricted by SET@stems.txt [shapes]")
+    data.add_argument("--data-root", default="data", metavar="DIR",
+                      help="where registered sets lie [data]")
+    data.add_argument("--eval", nargs="+", metavar="SET", help="evaluation sets, spelt like --data")
+    data.add_argument("--size", type=int, help="the network sees size x size pixels")
+    net = parser.add_argument_group("backbone")
+    net.add_argument("--backbone", choices=BACKBONES)
+    net.add_argument("--backbone-weights", metavar="W",
+                     help="moco800, moco200, imagenet, none, or a file")
+    net.add_argument("--pixels", choices=PIXELS, default="imagenet",
+                     help="how the backbone's weights want their pixels [imagenet]")
+    train = parser.add_argument_group("optimisation")
+    train.add_argument("--epochs", type=int, help="total number of epochs, of each stage")
+    train.add_argument("--batch-size", type=int, help="over all processes")
+    train.add_argument("--lr", type=float, help="initial learning rate")
+    train.add_argument("--seed", type=int, default=0)
+    run = parser.add_argument_group("runtime")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    run.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto",
+                     help="bf16 autocast; auto: on CUDA only. Losses are always fp32 [auto]")
+    run.add_argument("--compile", action="store_true", help="torch.compile the network")
+    run.add_argument("--dry-run", action="store_true", help="two steps of every phase")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", type=Path, metavar="DIR", help="run folder [runs/<script>-<data>]")
+    out.add_argument("--resume", action="store_true", help="continue from the run folder's last.pt")
+    out.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint for --eval, --predict")
+    out.add_argument("--predict", type=Path, metavar="PATH", help="map a photo or a folder of them")
+    out.add_argument("--cutout", action="store_true", help="--predict also writes RGBA cut-outs")
+    out.add_argument("--crf", action="store_true", help="refine predicted maps with the dense CRF")
+    out.add_argument("--watch", type=int, default=0, metavar="N",
+                     help="score N photos of the first --eval set after every epoch: to look at, "
+                     "never to choose an epoch by [0]")
+
+
+def prepare(args: argparse.Namespace, method: str) -> None:
+    """Resolve the device, join torchrun's processes, choose the run folder; print what was chosen."""
+    args.device, reason = runtime.pick_device(args.device)
+    args.world = runtime.join_world(args.device)
+    if args.batch_size % args.world.size:
+        raise UserError(f"--batch-size {args.batch_size} cannot be split over "
+                        f"{args.world.size} processes")
+    args.out = run_folder(args, method)
+    if args.world.main:
+        print(f"device {args.device} ({reason}), {args.world.size} process(es), "
+              f"backbone {args.backbone}, {args.size} px, run folder {args.out}")
+
+
+def run_folder(args: argparse.Namespace, method: str) -> Path:
+    """--out, or runs/<method>-<data>."""
+    return args.out or Path("runs", f"{method}-{args.data.rstrip('/').rsplit('/', 1)[-1]}")
+
+
+def present(names: list[str], root: str) -> list[str]:
+    """Those of `names` that are there; the others are named on the terminal."""
+    def there(name: str) -> bool:
+        try:
+            open_set(name, root)
+        except UserError:
+            return False
+        return True
+    found = [name for name in names if there(name)]
+    if len(found) < len(names):
+        print("evaluation sets not found: " + ", ".join(n for n in names if n not in found))
+    return found
+
+
+def save_args(args: argparse.Namespace, folder: Path, **extra) -> dict:
+    """Write args.json (flags, versions, commit, device); return the flags as plain values."""
+    plain = (int, float, str, list, tuple, type(None))
+    flags = {key: value if isinstance(value, plain) else str(value)
+             for key, value in vars(args).items() if key != "world"}
+    if args.world.main:
+        save_json(folder / "args.json", {"flags": flags, **extra, **runtime.environment()})
+    return flags
+
+
+def save(folder: Path, method: str, stage: int, epoch: int, flags: dict, net: nn.Module,
+         optimiser: torch.optim.Optimizer, labels: MapBank | None = None) -> None:
+    """Write <folder>/last.pt: everything that `resume` needs to go on as if nothing had happened."""
+    runtime.save_checkpoint(folder / "last.pt", method=method, stage=stage, epoch=epoch, args=flags,
+                            model=net.state_dict(), optimiser=optimiser.state_dict(),
+                            labels=labels.pixels if labels else None)
+
+
+def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
+           optimiser: torch.optim.Optimizer, labels: MapBank | None = None) -> int:
+    """Restore all that `save` wrote and return the number of finished epochs, 0 without --resume.
+
+    Raises `UserError` if the checkpoint was trained with other flags.
+    """
+    path = folder / "last.pt"
+    if not flags["resume"] or not path.exists():
+        return 0
+    saved = runtime.load_checkpoint(path, method, stage)
+    free = {"out", "data_root", "device", "compile", "eval", "watch", "resume", "weights", "stage",
+            "predict", "cutout", "crf"}
+    other = [f"--{key.replace('_', '-')} {saved['args'].get(key)}" for key in flags
+             if key not in free and flags[key] != saved["args"].get(key)]
+    if other:
+        raise UserError(f"{path} was trained with {', '.join(other)}: give the same flags to "
+                        "--resume, or another --out for a new run")
+    net.load_state_dict(saved["model"])
+    optimiser.load_state_dict(saved["optimiser"])
+    if labels:
+        labels.pixels.copy_(saved["labels"])
+    return saved["epoch"]
+
+
+def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[str]) -> dict:
+    """A finished checkpoint of `method`; the flags in `names`, and --size unless it was given,
+    are set as they were in its training."""
+    saved = runtime.load_checkpoint(path, method)
+    for name in names:
+        setattr(args, name, saved["args"][name])
+    args.size = args.size or saved["args"]["size"]
+    return saved
+
+
+# ---- Evaluation ------------------------------------------------------------------------------
+Forward = Callable[[Tensor], Tensor]
+
+
+def batches_of(dataset: Dataset, args: argparse.Namespace,
+               text: str) -> Iterator[tuple[list[dict], Tensor]]:
+    """This process's share of a set: samples, and images [B, 3, S, S] in [0, 1] on the device."""
+    count = min(len(dataset), 2 * args.batch_size) if args.dry_run else len(dataset)
+    index = args.world.share(range(count))
+    chunks = [index[i:i + args.batch_size] for i in range(0, len(index), args.batch_size)]
+    for chunk in progress(chunks, text):
+        samples = list(runtime.parallel_map(dataset.__getitem__, chunk))
+        small = [TF.resize(s["image"], [args.size, args.size], antialias=True) for s in samples]
+        yield samples, torch.stack(small).to(args.device).float() / 255
+
+
+def at_size(logit: Tensor, sample: dict) -> Tensor:
+    """Logit [1, S, S] -> probability [H, W] at the photo's own size."""
+    size = tuple(sample["size"])
+    logit = F.interpolate(logit[None].float(), size, mode="bilinear", align_corners=False)
+    return torch.sigmoid(logit)[0, 0]
+
+
+def finish(logit: Tensor, sample: dict, crf: bool) -> Tensor:
+    """Logit [1, S, S] -> uint8 map [H, W] at the photo's own size, refined by the CRF if asked."""
+    prob = at_size(logit, sample)
+    if crf:
+        image = sample["image"][None].to(prob.device)
+        prob = dense_crf(image, prob[None, None], sxy=photo_sxy(*prob.shape))[0, 0]
+    return to_uint8(prob).cpu()
+
+
+@torch.inference_mode()
+def evaluate(forward: Forward, args: argparse.Namespace, folder: Path,
+             row: str = "") -> dict[str, dict]:
+    """Scores of every set in args.eval; maps go to <folder>/pred/<set><row>/<stem>.png.
+
+    Returns {"<set><row>": scores}; every process returns the scores of all processes' images.
+    """
+    results = {}
+    for spec in args.eval:
+        dataset, metrics = open_set(spec, args.data_root), Metrics()
+        title = dataset.title + row
+        for samples, images in batches_of(dataset, args, f"evaluate {title}"):
+            for sample, logit in zip(samples, forward(images)):
+                pred = finish(logit, sample, args.crf)
+                save_png(folder / "pred" / title / f"{sample['name']}.png", pred)
+                metrics.add(pred, sample["mask"][0] > 127)
+        everyone = Metrics()
+        for part in args.world.gather(metrics.state()):
+            everyone.merge(part)
+        results[title] = everyone.scores()
+    return results
+
+
+def save_results(results: dict[str, dict], args: argparse.Namespace, folder: Path) -> None:
+    """Print the table of scores; write eval.json and eval.md."""
+    if args.world.main:
+        print(table(results))
+        save_json(folder / "eval.json", results)
+        markdown = table(results, "markdown") + "\n"
+        write_atomic(folder / "eval.md", lambda part: part.write_text(markdown))
+
+
+def gallery(columns: list[str], args: argparse.Namespace) -> None:
+    """Save <out>/gallery.png: photo, the maps of each column's folder ("{}" is the set), truth."""
+    if not args.eval or not args.world.main:
+        return
+    dataset = open_set(args.eval[0], args.data_root)
+    folders = [Path(column.format(dataset.title)) for column in columns]
+    rows = []
+    for sample in (dataset[i] for i in range(min(8, len(dataset)))):
+        files = [folder / f"{sample['name']}.png" for folder in folders]
+        maps = [load_image(file)[:1] / 255 for file in files if file.exists()]
+        rows.append([sample["image"] / 255, *maps, sample["mask"] / 255])
+    runtime.picture_strip(args.out / "gallery.png", rows)
+
+
+class Watch:
+    """A few photos of the first evaluation set, scored and drawn after every epoch."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.samples = args, []
+        if args.eval and args.world.main:
+            dataset = open_set(args.eval[0], args.data_root)
+            count = min(max(args.watch, 6), len(dataset))
+            self.samples = list(runtime.parallel_map(dataset.__getitem__, range(count)))
+
+    @torch.inference_mode()
+    def __call__(self, forward: Forward, picture: Path) -> dict[str, float]:
+        """Save image, map and truth of six photos; return their scores if --watch asks for them."""
+        if not self.samples:
+            return {}
+        metrics, rows, size = Metrics(wf=False), [], [self.args.size] * 2
+        for at in range(0, len(self.samples), self.args.batch_size):
+            part = self.samples[at:at + self.args.batch_size]
+            images = torch.stack([TF.resize(s["image"], size, antialias=True) for s in part]) / 255
+            for sample, image, logit in zip(part, images, forward(images.to(self.args.device))):
+                pred = finish(logit, sample, False)
+                metrics.add(pred, sample["mask"][0] > 127)
+                rows.append([image, pred[None] / 255, sample["mask"] / 255])
+        runtime.picture_strip(picture, rows[:6])
+        scores = metrics.scores()
+        return {"watch_F": scores["F_mean"], "watch_MAE": scores["MAE"]} if self.args.watch else {}
+
+
+# ---- Prediction ------------------------------------------------------------------------------
+@torch.inference_mode()
+def predict(forward: Forward, args: argparse.Namespace) -> None:
+    """Write <out>/predict/<stem>.png (8 bits, the photo's size) for a photo, or each of a folder."""
+    single = args.predict.is_file()
+    photos = Photo(args.predict) if single else open_set(args.predict, masks=False)
+    folder = args.out / "predict"
+    for samples, images in batches_of(photos, args, "predict"):
+        for sample, logit in zip(samples, forward(images)):
+            pred = finish(logit, sample, args.crf)
+            save_png(folder / f"{sample['name']}.png", pred)
+            if args.cutout:
+                rgba = torch.cat([sample["image"], pred[None]]).permute(1, 2, 0)
+                save_png(folder / f"{sample['name']}_cutout.png", rgba)
+    if args.world.main:
+        print(f"wrote {len(photos)} map(s) to {folder}")
+
+
+class Photo(Dataset):
+    """A single photo as a data set."""
+
+    def __init__(self, path: Path):
+        self.path, self.names, self.title = path, [path.stem], path.name
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict:
+        image = load_image(self.path)
+        return {"image": image, "name": self.path.stem, "size": tuple(image.shape[1:])}

@@ -1,0 +1,292 @@
+"""a2s.py as its users run it: every mode, every flag, interruption, two processes, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import a2s
+from common.runtime import UserError
+from common.shapes import Shapes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory):
+    """Text files that restrict the shapes to 16 training and 4 test scenes."""
+    folder = tmp_path_factory.mktemp("lists")
+    for split, count in (("train", 16), ("test", 4)):
+        names = Shapes(split).names[:count]
+        (folder / f"{split}.txt").write_text("\n".join(names))
+    return folder
+
+
+@pytest.fixture
+def flags(lists, tmp_path):
+    """A small run: 16 scenes of 64 pixels, four steps per epoch."""
+    return ["--data", f"shapes@{lists}/train.txt", "--eval", f"shapes-test@{lists}/test.txt",
+            "--size", "64", "--batch-size", "4", "--epochs", "3", "--device", "cpu",
+            "--out", str(tmp_path / "run")]
+
+
+def command(*flags, launcher=()):
+    """Run a2s.py as a program and return the finished process."""
+    return subprocess.run([sys.executable, *launcher, "a2s.py", *map(str, flags)], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def last(folder: Path, stage: int) -> dict:
+    return torch.load(folder / f"stage{stage}" / "last.pt", weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"]) and (
+        a["labels"] is None or torch.equal(a["labels"], b["labels"]))
+
+
+# ---- Modes ---------------------------------------------------------------------------------------
+def test_help_works_offline_and_names_every_group():
+    done = command("--help")
+    assert done.returncode == 0
+    for group in ("method", "data", "backbone", "optimisation", "runtime", "output"):
+        assert f"\n{group}:" in done.stdout
+
+
+def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
+    done = command(*flags)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    results = json.loads((run / "stage2" / "eval.json").read_text())
+    assert [name.rsplit("test")[-1] for name in results] == ["-activation", "-label", ""]
+    assert all(row["n"] == 4 and 0 <= row["F_mean"] <= 1 for row in results.values())
+    assert "F_mean" in done.stdout and "F_mean" in (run / "stage2" / "eval.md").read_text()
+    assert len(list((run / "pseudo").glob("*.png"))) == 16
+    label = np.asarray(Image.open(next((run / "pseudo").glob("*.png"))))
+    assert label.shape == (160, 160) and set(np.unique(label)) <= {0, 255}
+    records = [json.loads(line) for line in (run / "stage1" / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [1, 2, 3]
+    assert json.loads((run / "stage1" / "args.json").read_text())["flags"]["alpha"] == 0.1
+    assert (run / "gallery.png").exists() and (run / "stage1" / "vis" / "epoch_003.png").exists()
+
+    # evaluation alone gives the same numbers
+    again = tmp_path / "again"
+    done = command("--weights", run / "stage2" / "last.pt", "--data", "shapes", "--eval",
+                   f"shapes-test@{lists}/test.txt", "--out", again, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    name = list(results)[-1]
+    assert json.loads((again / "stage2" / "eval.json").read_text())[name] == results[name]
+
+    # prediction: a folder and a photo, any size, also with a cut-out
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for stem, size in (("wide", (90, 50)), ("tall", (33, 71))):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8)).save(
+            photos / f"{stem}.jpg")
+    done = command("--predict", photos, "--out", run, "--cutout", "--crf", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    made = Image.open(run / "predict" / "wide.png")
+    cutout = Image.open(run / "predict" / "wide_cutout.png")
+    assert made.size == (90, 50) and made.mode == "L" and cutout.mode == "RGBA"
+    assert np.array_equal(np.asarray(cutout)[..., 3], np.asarray(made))
+    done = command("--predict", photos / "tall.jpg", "--weights", run / "stage2" / "last.pt",
+                   "--out", again, "--device", "cpu")
+    assert done.returncode == 0 and Image.open(again / "predict" / "tall.png").size == (33, 71)
+
+
+def test_dry_run_does_two_steps_of_everything(flags, tmp_path):
+    a2s.main([*flags, "--dry-run", "--batch-size", "2"])
+    assert len(list((tmp_path / "run" / "pseudo").glob("*.png"))) == 4
+    assert (tmp_path / "run" / "stage2" / "eval.json").exists()
+
+
+# ---- Every flag does something -------------------------------------------------------------------
+STAGE_1 = [["--alpha", "0.3"], ["--aux", "0", "0", "0"], ["--drop", "0"], ["--train-encoder"],
+           ["--boundary", "DB1"], ["--boundary", "DB2"], ["--boundary", "DB3"], ["--boundary", "DB4"],
+           ["--threshold", "otsu"], ["--threshold", "median"], ["--seed", "1"], ["--lr", "0.5"],
+           ["--bn", "stored"], ["--pixels", "unit"], ["--amp", "bf16"], ["--backbone-weights", "none"]]
+STAGE_2 = [["--detector", "conv"], ["--rectify", "off"], ["--rectify", "hma"], ["--lam", "0.8"],
+           ["--released"], ["--lr", "0.01"], ["--seed", "1"]]
+
+
+@pytest.fixture(scope="module")
+def base(lists, tmp_path_factory):
+    """A finished small run; stage 2's checkpoint and stage 1's labels are what variants differ from."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    flags = ["--data", f"shapes@{lists}/train.txt", "--eval", "--size", "32", "--batch-size", "8",
+             "--epochs", "3", "--device", "cpu"]
+    flags.remove("--eval")
+    a2s.main([*flags, "--out", str(folder), "--eval", f"shapes-test@{lists}/test.txt"])
+    return folder, [*flags, "--eval", f"shapes-test@{lists}/test.txt"]
+
+
+def test_every_flag_of_stage_1_changes_the_result(base, tmp_path, monkeypatch):
+    folder, flags = base
+    monkeypatch.setattr(a2s, "make_labels", lambda net, args: None)
+    monkeypatch.setattr(a2s, "evaluate", lambda stage, net, args: {})
+    unchanged = []
+    for i, extra in enumerate(STAGE_1):
+        a2s.main([*flags, "--stage", "1", "--out", str(tmp_path / str(i)), *extra])
+        if last(tmp_path / str(i), 1)["model"].keys() == last(folder, 1)["model"].keys() \
+                and same(last(folder, 1), last(tmp_path / str(i), 1)):
+            unchanged.append(extra)
+    assert not unchanged
+
+
+def test_every_flag_of_stage_2_changes_the_result(base, tmp_path, monkeypatch):
+    folder, flags = base
+    monkeypatch.setattr(a2s, "evaluate", lambda stage, net, args: {})
+    unchanged = []
+    for i, extra in enumerate(STAGE_2):
+        out = tmp_path / str(i)
+        out.mkdir()
+        (out / "pseudo").symlink_to(folder / "pseudo")
+        a2s.main([*flags, "--stage", "2", "--out", str(out), *extra])
+        if last(out, 2)["model"].keys() == last(folder, 2)["model"].keys() \
+                and same(last(folder, 2), last(out, 2)):
+            unchanged.append(extra)
+    assert not unchanged
+
+
+def test_labels_change_from_epoch_3_on_and_not_before(base, tmp_path):
+    folder, flags = base
+    stored = [np.asarray(Image.open(p).resize((32, 32), Image.BILINEAR))
+              for p in sorted((folder / "pseudo").glob("*.png"))]
+    kept = {}
+    for epochs in ("2", "3"):
+        out = tmp_path / epochs
+        out.mkdir()
+        (out / "pseudo").symlink_to(folder / "pseudo")
+        a2s.main([*flags[:-2], "--eval", flags[-1], "--stage", "2", "--out", str(out), "--epochs", epochs])
+        kept[epochs] = last(out, 2)["labels"][:, 0].numpy()
+    assert np.abs(kept["2"].astype(int) - np.stack(stored)).mean() < 2    # only resized
+    changed = np.abs(kept["3"].astype(int) - kept["2"]).reshape(16, -1).max(1)
+    assert (changed > 50).all()                                           # all 16 in one epoch
+
+
+# ---- Interruption --------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_and_two_epochs_equal_four_bit_for_bit(flags, tmp_path, monkeypatch, stage):
+    flags = [*flags, "--epochs", "4", "--bn", "batch"]
+    a2s.main([*flags, "--out", str(tmp_path / "whole")])
+    train_epoch = a2s.train_epoch
+
+    def interrupted(at, net, optimiser, bank, labels, epoch, args):
+        if (at, epoch) == (stage, 3):
+            raise KeyboardInterrupt
+        return train_epoch(at, net, optimiser, bank, labels, epoch, args)
+    monkeypatch.setattr(a2s, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        a2s.main(flags)
+    assert last(tmp_path / "run", stage)["epoch"] == 2
+    monkeypatch.setattr(a2s, "train_epoch", train_epoch)
+    a2s.main([*flags, "--resume"])
+    for at in (1, 2):
+        assert same(last(tmp_path / "whole", at), last(tmp_path / "run", at))
+    scores = [(tmp_path / run / "stage2" / "eval.json").read_text() for run in ("whole", "run")]
+    assert scores[0] == scores[1]
+
+
+def test_a_killed_run_resumes_to_the_same_weights(flags, tmp_path):
+    flags = [*flags, "--stage", "1", "--epochs", "6"]
+    assert command(*flags, "--out", tmp_path / "whole").returncode == 0
+    process = subprocess.Popen([sys.executable, "a2s.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tmp_path / "run" / "stage1" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 0.4))                   # a random moment
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "stage1" / "eval.json").exists()       # it was still training
+    assert command(*flags, "--resume").returncode == 0
+    assert same(last(tmp_path / "whole", 1), last(tmp_path / "run", 1))
+
+
+def test_resuming_with_other_flags_is_refused(base, tmp_path):
+    folder, flags = base
+    with pytest.raises(UserError, match="was trained with --alpha 0.1: give the same flags"):
+        a2s.main([*flags, "--stage", "1", "--out", str(folder), "--resume", "--alpha", "0.2"])
+
+
+# ---- Two processes -------------------------------------------------------------------------------
+def test_two_processes_equal_one_up_to_rounding(flags, tmp_path):
+    """With BatchNorm's statistics frozen; with --bn batch each process sees half a batch."""
+    flags = [*flags, "--bn", "stored"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = command(*flags, "--out", tmp_path / "two", launcher=torchrun)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert command(*flags, "--out", tmp_path / "one").returncode == 0
+    for stage in (1, 2):
+        one, two = last(tmp_path / "one", stage), last(tmp_path / "two", stage)
+        for key, value in one["model"].items():
+            assert torch.allclose(value.float(), two["model"][key].float(), rtol=1e-3, atol=1e-4), key
+    assert (one["labels"].int() - two["labels"].int()).abs().float().mean() < 0.5
+    scores = [json.loads((tmp_path / run / "stage2" / "eval.json").read_text()) for run in ("one", "two")]
+    for name, row in scores[0].items():
+        assert row == pytest.approx(scores[1][name], abs=5e-3)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+def refused(*flags) -> str:
+    """The sentence with which a2s.py ends; there is exactly one, and no traceback."""
+    done = command(*flags, "--device", "cpu")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")][0]
+
+
+def test_stage_2_before_stage_1_prints_the_command(lists, tmp_path):
+    sentence = refused("--stage", "2", "--data", f"shapes@{lists}/train.txt", "--size", 32,
+                       "--out", tmp_path / "run")
+    assert "16 of 16 pseudo labels are missing" in sentence
+    assert f"python a2s.py --stage 1 --data shapes@{lists}/train.txt --out {tmp_path}/run" in sentence
+
+
+def test_unknown_set_suggests_a_name():
+    assert "MSRA-B" in refused("--data", "MSRAB", "--backbone", "tiny")
+
+
+@pytest.mark.parametrize("content, what", [(b"", "empty.*jpg"), (b"text", "broken.*jpg")])
+def test_broken_photos_are_named(tmp_path, content, what):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "photo.jpg").write_bytes(content)
+    sentence = refused("--data", tmp_path, "--backbone", "tiny", "--stage", "1", "--size", 32,
+                       "--epochs", 1, "--out", tmp_path / "run")
+    assert "photo.jpg" in sentence and not (tmp_path / "run" / "pseudo").exists()
+
+
+def test_checkpoints_of_another_method_and_unwritable_folders_are_refused(tmp_path):
+    torch.save({"method": "class_net", "stage": 1, "args": {}}, tmp_path / "last.pt")
+    assert "class_net" in refused("--weights", tmp_path / "last.pt", "--eval", "shapes-test")
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused("--stage", "1", "--out", tmp_path / "file" / "run")
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(flags, tmp_path):
+    flags = [*flags, "--stage", "1"]
+    a2s.main([*flags, "--epochs", "1"])
+    good = last(tmp_path / "run", 1)
+    with pytest.raises(UserError, match="loss of epoch 1 is not a number"):
+        a2s.main([*flags, "--lr", "1e30"])
+    assert same(good, last(tmp_path / "run", 1))
+
+
+def test_odd_files_work(tmp_path):
+    """16-bit, CMYK, RGBA and grey photos train, are labelled and keep their sizes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50), np.uint8)
+    Image.fromarray(pixels.astype(np.uint16) * 256).save(folder / "deep.png")
+    for mode, name in (("CMYK", "print.jpg"), ("RGBA", "alpha.png"), ("L", "grey.bmp")):
+        Image.fromarray(pixels).convert("RGB").convert(mode).save(folder / name)
+    a2s.main(["--data", str(tmp_path), "--backbone", "tiny", "--stage", "1", "--size", "32", "--epochs",
+              "1", "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "run")])
+    made = {p.stem: Image.open(p).size for p in (tmp_path / "run" / "pseudo").glob("*.png")}
+    assert made == dict.fromkeys(("deep", "print", "alpha", "grey"), (50, 40))
