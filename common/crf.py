@@ -48,8 +48,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common.datasets import load_image
-from common.metrics import find_images, load_grey, to_uint8
+from common.datasets import load_grey, load_image
+from common.metrics import find_images, to_uint8
 from common.runtime import UserError, cli, pick_device, progress, save_png
 
 FAINT = 0.045   # functions of the place weaker than this share of the strongest are left out

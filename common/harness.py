@@ -195,7 +195,7 @@ def evaluate(forward: Forward, args: argparse.Namespace, folder: Path,
                 save_png(folder / "pred" / title / f"{sample['name']}.png", pred)
                 metrics.add(pred, sample["mask"][0] > 127)
         everyone = Metrics()
-        for part in args.world.gather(metrics.state()):
+        for part in args.world.gather(metrics):
             everyone.merge(part)
         results[title] = everyone.scores()
     return results

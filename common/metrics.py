@@ -18,7 +18,7 @@ is computed for each image; the score of a data set is the plain mean over its i
   E     sum over pixels of (a + 1)^2 / 4, divided by N - 1; a = 2xy / (x^2 + y^2 + e) compares
         x = B - mean B with y = G - mean G                              [Fan, IJCAI 2018]
   S     (S_object + S_region) / 2 of grey maps, see `s_measure`         [Fan, ICCV 2017]
-  wF    F with errors weighted by their place, see `weighted_f`         [Margolin, CVPR 2014]
+  wF    F with errors weighted by their place, see weighted_f.py        [Margolin, CVPR 2014]
   IoU   TP / (TP + FP + FN) of t > 0.5; 0 if both are empty
 
 F and E need a threshold, hence three versions of each:
@@ -38,7 +38,6 @@ level equal to the adaptive threshold is above it, E of a single pixel is divide
 """
 import argparse
 import csv
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,14 +45,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
 
+from common.datasets import SUFFIXES, by_name, load_grey
 from common.runtime import UserError, cli, parallel_map, progress, save_json, write_atomic
+from common.weighted_f import weighted_f
 
 EPS = 2.0 ** -52
 BETA2 = 0.3                                   # in F; below 1 precision matters more than recall
 NAMES = ("MAE", "F_mean", "F_adp", "F_max", "E_mean", "E_adp", "E_max", "S", "wF", "IoU")
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 
 
 def to_uint8(prob: Tensor) -> Tensor:
@@ -206,119 +205,6 @@ def block_similarity(counts: Tensor, t: Tensor) -> Tensor:
     return torch.where(top != 0, top / (bottom + EPS), (bottom == 0).double())
 
 
-# ---- Weighted F ------------------------------------------------------------------------------
-FAR = 16_000                                  # gap of a column without foreground; 2 FAR fits int16
-REACH = 4                                     # columns that `near_search` looks to either side
-BEYOND = (REACH + 1) ** 2                     # its d^2 for anything farther away
-GAUSS = [math.exp(-i * i / (2 * 5 * 5)) for i in range(-3, 4)]
-
-
-def weighted_f(pred: Tensor, gt: Tensor, low: int, high: int) -> float:
-    """Weighted F (beta^2 = 1) of one image on the CPU: pred uint8 [H, W], gt bool [H, W].
-
-    low, high: the grey levels of t = 0 and t = 1. With the error E = |t - G|:
-    * On the background an error costs (2 - 2^(-d / 5)) E, d = distance to the foreground:
-      a stray blob costs up to twice as much as a soft edge.
-    * On the foreground it costs min(E, blurred E): an error among correct pixels is cheap. For
-      the blur (7x7 Gaussian, sigma 5, 0 outside the image) a background pixel takes the E of its
-      nearest foreground pixel; of several, of the leftmost, then of the topmost.
-    TP = foreground area - foreground cost, FP = background cost, R = TP / foreground area.
-    0 for an empty mask. Raises ValueError for images of 16,000 rows or more.
-    """
-    if len(gt) >= FAR:
-        raise ValueError(f"weighted F needs fewer than {FAR} rows of pixels, not {len(gt)}")
-    in_row, in_col = gt.sum(1), gt.sum(0)
-    n_fg = int(in_row.sum())
-    if n_fg == 0:
-        return 0.0
-    rows, cols = bounds(in_row), bounds(in_col)                        # the box around G: [h, w]
-    gap = column_gap(gt[:, cols])                                      # [H, w]
-    near = near_search(gap[rows])                                      # [h, w]
-
-    # Background. Only wrong pixels cost, in most maps a few per cent of all.
-    y, x = ((pred > low) & ~gt).nonzero(as_tuple=True)                 # [K]
-    error = (pred[y, x].double() - low) / (high - low)
-    d2 = torch.full(gt.shape, BEYOND, dtype=torch.int16)
-    d2[rows, cols] = near >> 4
-    d2 = d2[y, x].double()                                             # [K]
-    far = (d2 == BEYOND).nonzero()[:, 0]
-    exact = torch.float32 if max(gt.shape) <= 2000 else torch.float64  # whole numbers below 2^24
-    x = (x[far] - cols.start).to(exact)
-    d2[far] = far_search(gap, in_col[cols].nonzero()[:, 0], y[far], x).double()
-    fp = (error * (2 - torch.exp2(-d2.sqrt() / 5))).sum().item()
-
-    # Foreground. The blur sees 3 pixels around it, which lie in the box and within REACH.
-    gt, gap = gt[rows, cols], gap[rows]                                # [h, w]
-    error = (high - pred[rows, cols].double()) / (high - low)
-    y, x = ((near >> 4 < BEYOND) & ~gt).nonzero(as_tuple=True)
-    column = x + (near[y, x] & 15) - REACH
-    up, down = y - gap[y, column], y + gap[y, column]
-    row = torch.where((up >= 0) & gt[up.clamp(min=0), column], up, down)
-    spread = error * gt
-    spread[y, x] = error[row, column]
-    tp = n_fg - (torch.minimum(error, blur(spread)) * gt).sum().item()
-
-    recall, precision = tp / n_fg, tp / (tp + fp + EPS)
-    return 2 * recall * precision / (recall + precision + EPS)
-
-
-def bounds(line: Tensor) -> slice:
-    """From the first to the last non-zero entry of `line` [L], and 3 more where there is room."""
-    used = line.nonzero()
-    return slice(max(int(used[0]) - 3, 0), int(used[-1]) + 4)
-
-
-def column_gap(gt: Tensor) -> Tensor:
-    """Distance to the nearest foreground pixel in the same column: bool [H, w] -> int16 [H, w]."""
-    gap = (~gt).to(torch.int16) * FAR
-    step = 1
-    while step < len(gap):                    # after this pass, gaps below 2 step are final
-        longer = gap + step
-        torch.minimum(gap[step:], longer[:-step], out=gap[step:])
-        torch.minimum(gap[:-step], longer[step:], out=gap[:-step])
-        step *= 2
-    return gap
-
-
-def near_search(gap: Tensor) -> Tensor:
-    """Nearest foreground within REACH columns: int16 [h, w] -> int16 16 d^2 + (offset + REACH).
-
-    offset: its column minus that of the pixel. d^2 is exact below BEYOND. The minimum of such
-    numbers is the nearest pixel, and the leftmost of equally near ones.
-    """
-    width = gap.shape[1]
-    squares = pad(16 * gap.clamp(max=REACH + 1) ** 2, (REACH, REACH), value=16 * BEYOND)
-    key = torch.full_like(gap, 16 * BEYOND)
-    for i in range(2 * REACH + 1):
-        torch.minimum(key, squares[:, i:i + width] + (16 * (i - REACH) ** 2 + i), out=key)
-    return key
-
-
-def far_search(gap: Tensor, columns: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Exact d^2 of the pixels (y, x): minimum of gap[y, c]^2 + (c - x)^2 over the columns c of G.
-
-    gap int16 [H, w], columns int64 [C], y int64 [K], x float [K] -> [K], of the dtype of x.
-    """
-    c = columns.to(x)
-    curve = gap[:, columns].to(x) ** 2 + c ** 2                        # [H, C]
-    d2 = x ** 2
-    step = 2 ** 17 // len(c) + 1                                       # a block fits the cache
-    for block in (slice(i, i + step) for i in range(0, len(x), step)):
-        d2[block] += curve[y[block]].addr_(x[block], c, alpha=-2).amin(1)      # curve - 2xc
-    return d2
-
-
-def blur(image: Tensor) -> Tensor:
-    """7x7 Gaussian of sigma 5 with zeros outside: float64 [h, w] -> [h, w]."""
-    wide = pad(image, (3, 3, 3, 3))
-    for axis, size in enumerate(image.shape):
-        total = torch.zeros_like(wide.narrow(axis, 0, size))
-        for i, weight in enumerate(GAUSS):
-            total.add_(wide.narrow(axis, i, size), alpha=weight / sum(GAUSS))
-        wide = total
-    return wide
-
-
 # ---- The scores of a data set ----------------------------------------------------------------
 class Metrics:
     """Collects what the scores need from predictions and masks, 8 KB per image.
@@ -328,8 +214,8 @@ class Metrics:
 
     def __init__(self, wf: bool = True, stretch: bool = True):
         self.wf, self.stretch = wf, stretch
-        self._counts = [torch.zeros(0, 4, 2, 256, dtype=torch.int32)]
-        self._wf = [torch.zeros(0, dtype=torch.float64)]
+        self._counts: list[Tensor] = []                           # int32 [b, 4, 2, 256]
+        self._wf: list[float] = []
 
     def add(self, pred: Tensor, gt: Tensor) -> None:
         """Add pred uint8 and gt bool, both [B, H, W] or [H, W]; ValueError for anything else.
@@ -346,34 +232,28 @@ class Metrics:
         counts = torch.cat([count(p, g) for p, g in zip(pred.split(size), gt.split(size))])
         self._counts.append(counts)
         if self.wf:
-            levels = torch.stack(value_range(counts, self.stretch), 1).tolist()
-            wf = [weighted_f(p, g, *level) for p, g, level in zip(pred.cpu(), gt.cpu(), levels)]
-            self._wf.append(torch.tensor(wf, dtype=torch.float64))
+            levels = [level.tolist() for level in value_range(counts, self.stretch)]
+            self._wf += [weighted_f(*one) for one in zip(pred.cpu(), gt.cpu(), *levels)]
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything collected, as CPU tensors: counts [n, 4, 2, 256], wF [n] (or [0]), stretch."""
-        return {"counts": torch.cat(self._counts), "wF": torch.cat(self._wf),
-                "stretch": torch.tensor(self.stretch)}
+    def merge(self, other: "Metrics") -> None:
+        """Append the images of another `Metrics` (of another process: it can be pickled).
 
-    def merge(self, other: "Metrics | Mapping[str, Tensor]") -> None:
-        """Append what another `Metrics`, or the `state()` of one in another process, collected.
-
-        Raises ValueError if that was done with other options.
+        Raises ValueError if the two have different options.
         """
-        state = other.state() if isinstance(other, Metrics) else other
-        same_wf = len(state["wF"]) == len(state["counts"]) * self.wf
-        if not same_wf or bool(state["stretch"]) != self.stretch:
+        if (self.wf, self.stretch) != (other.wf, other.stretch):
             raise ValueError("metrics with different options (wf, stretch) cannot be merged")
-        self._counts.append(state["counts"])
-        self._wf.append(state["wF"])
+        self._counts += other._counts
+        self._wf += other._wf
 
     def _images(self) -> dict[str, Tensor]:
-        state = self.state()
-        if len(state["counts"]) == 0:
+        """`score_images` of everything, and wF."""
+        if not self._counts:
             raise UserError("there is no pair of map and mask to score")
-        parts = [score_images(part, self.stretch) for part in state["counts"].split(256)]
+        parts = [score_images(part, self.stretch) for part in torch.cat(self._counts).split(256)]
         images = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return images | ({"wF": state["wF"]} if self.wf else {})
+        if self.wf:
+            images["wF"] = torch.tensor(self._wf, dtype=torch.float64)
+        return images
 
     def per_image(self) -> dict[str, Tensor]:
         """float64 [n] for each of NAMES, in the order of `add`; without wF if wf=False.
@@ -421,28 +301,16 @@ def table(results: Mapping[str, Mapping], style: str = "text") -> str:
 
 # ---- Folders ---------------------------------------------------------------------------------
 def find_images(folder: str | Path) -> dict[str, Path]:
-    """{path below `folder` without suffix: file}, with sub-folders. UserError if there is none."""
-    found = {}
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in found:
-                raise UserError(f"{found[stem]} and {path} have the same stem; keep one of them")
-            found[stem] = path
-    if not found:
+    """{path below `folder` without suffix: file}, with sub-folders.
+
+    Raises UserError if there is none, or if two differ in the suffix alone.
+    """
+    rows = [([], path.relative_to(folder).parent.parts, path)
+            for path in sorted(Path(folder).rglob("*"))
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    if not rows:
         raise UserError(f"{folder} is not a folder with images ({', '.join(SUFFIXES)})")
-    return found
-
-
-def load_grey(path: Path) -> Image.Image:
-    """An image of any mode as 8-bit grey. Raises UserError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):    # 16 bits, which convert("L") would clip
-                return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            return image.convert("L")
-    except Exception as error:                # Pillow raises a dozen kinds
-        raise UserError(f"{path} is not a readable image ({error}); replace it") from None
+    return by_name(rows)
 
 
 def evaluate_folders(pred: str | Path, gt: str | Path, wf: bool = True, stretch: bool = True,

@@ -160,7 +160,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}); "
-                        "choose another folder with --out or free some space") from None
+                        "choose another place or free some space") from None
 
 
 def save_json(path: str | Path, value) -> None:

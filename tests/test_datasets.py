@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common import datasets
-from common.datasets import REGISTRY, check, load_image, load_mask, main, open_set, read_split
+from common import registry
+from common.datasets import check, load_image, load_mask, main, open_set
+from common.registry import REGISTRY, SHAPES, SOURCES, TERMS, Entry, read_split
 from common.runtime import UserError
 
 ROW = np.array([[0, 100, 200, 255]], np.uint8)  # [1, 4]
@@ -249,14 +250,12 @@ def test_joint_sets_prefix_names(tmp_path):
 
 
 def test_an_existing_path_wins_over_plus_and_at(tmp_path):
-    for part in ("A", "A+B", "me"):  # shorter readings of the paths below
+    for part in ("A", "B@x", "A+B", "me"):  # shorter readings of the paths below
         pairs(tmp_path / part, "z")
     pairs(tmp_path / "A+B@x", "a")
-    pairs(tmp_path / "C", "c")
     pairs(tmp_path / "me@home/D", "de")
     (tmp_path / "d.txt").write_text("d\n")
     assert open_set(tmp_path / "A+B@x").names == ["a"]
-    assert open_set(f"{tmp_path}/A+B@x+{tmp_path}/C").names == ["A+B@x/a", "C/c"]
     assert open_set(f"{tmp_path}/me@home/D@{tmp_path}/d.txt").names == ["d"]
 
 
@@ -284,7 +283,7 @@ def test_split_lists(name, split, count, member):
 
 
 def test_a_split_selects_from_the_whole_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "SPLITS", tmp_path)
+    monkeypatch.setattr(registry, "SPLITS", tmp_path)
     (tmp_path / "MSRA-B.txt").write_text("# ours\ntrain 0_*: 1 2\nval *_x: 7\ntest 0_*: 3\n")
     pairs(tmp_path / "MSRA-B/MSRA-B", ["0_1", "0_2", "7_x", "0_3"], "{}.jpg", "{}.png")
     assert values(open_set("MSRA-B", tmp_path)) == {
@@ -323,7 +322,7 @@ def test_parts_of_archives_and_names_of_repacks(tmp_path):
 
 
 def test_joint_registered_sets_open_from_their_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "SPLITS", tmp_path)
+    monkeypatch.setattr(registry, "SPLITS", tmp_path)
     for name in ("NJUD", "NLPR"):
         (tmp_path / f"{name}.txt").write_text("train *: a b\ntest *: c\n")
         pairs(tmp_path / name, "abc")
@@ -351,7 +350,7 @@ def test_unknown_and_missing_names_help(tmp_path):
     assert "did you mean HKU-IS?" in error(open_set, "hku_is", tmp_path)
     text = error(open_set, "qqqq", tmp_path)
     assert "did you mean" not in text and "python -m common.datasets" in text
-    assert "'qqqq@x.txt'" in error(open_set, "qqqq@x.txt", tmp_path)
+    assert "'qqqq' is neither" in error(open_set, "qqqq@x.txt", tmp_path)
     text = error(open_set, "DUTS-TR", tmp_path)
     assert all(t in text for t in (str(tmp_path / "DUTS-TR"), "http://saliencydetection.net/duts/",
                                    "data/README.md"))
@@ -360,12 +359,12 @@ def test_unknown_and_missing_names_help(tmp_path):
 
 def test_registry_is_consistent():
     for name, entry in REGISTRY.items():
-        assert entry.origin in datasets.ORIGINS
+        assert entry.origin in SOURCES and entry.origin in TERMS
         for place in entry.places.split():
             assert "+" not in place or set(place.split("+")) <= set(REGISTRY), name
             if "@" in place and entry.origin != "DAVIS":  # its list counts clips, not frames
                 assert len(read_split(entry.origin, place.split("@")[1])) in entry.counts, name
-    readme = (datasets.SPLITS.parent / "README.md").read_text()
+    readme = (registry.SPLITS.parent / "README.md").read_text()
     rows = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", readme, re.M))
     for name, entry in REGISTRY.items():
         assert rows[name] == (" or ".join(f"{c:,}" for c in entry.counts) or "-"), name
@@ -373,8 +372,7 @@ def test_registry_is_consistent():
 
 # ---- The checker -----------------------------------------------------------------------------
 def test_checker_states(tmp_path, monkeypatch, capsys):
-    whole = datasets.Entry("ECSSD", "ECSSD", (2,))
-    monkeypatch.setattr(datasets, "REGISTRY", {**REGISTRY, "ECSSD": whole})
+    monkeypatch.setitem(REGISTRY, "ECSSD", Entry("ECSSD", "ECSSD", (2,)))
     assert check("ECSSD", tmp_path)[0] == "missing"
     pairs(tmp_path / "ECSSD", "ab")
     pairs(tmp_path / "FBMS", "ab")
@@ -399,18 +397,22 @@ def test_checker_command(tmp_path, capsys):
     assert all(line.split()[1] == "missing" for line in lines[1:])
     pairs(tmp_path / "FBMS", "ab")
     main([*root, "FBMS"])
-    assert re.search(r"FBMS +present +2 ", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert re.search(r"FBMS +present +2 ", shown) and SOURCES["FBMS"] in shown
+    assert TERMS["FBMS"] in shown
     with pytest.raises(SystemExit) as status:
         main([*root, "FBMS", "SIP"])
     assert status.value.code == 1 and "SIP is missing" in capsys.readouterr().out
-    assert "did you mean ECSSD" in error(main, [*root, "ECSD"])
+    with pytest.raises(SystemExit):
+        main([*root, "ECSD"])
+    assert re.search("ECSD +missing .*did you mean ECSSD", capsys.readouterr().out)
 
 
 def test_shapes_open_by_name():
     dataset = open_set("shapes-depth-test")
     sample = dataset[0]
     assert sample["modality"].shape == sample["image"].shape
-    assert sorted(datasets.SHAPES) == sorted(
+    assert sorted(SHAPES) == sorted(
         f"shapes{kind}{split}" for kind in ("", "-depth", "-thermal", "-video", "-top")
         for split in ("", "-test"))
     assert not torch.equal(open_set("shapes")[0]["image"], open_set("shapes-test")[0]["image"])

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common.metrics import (NAMES, Metrics, column_gap, count, evaluate_folders, far_search,
-                            find_images, load_grey, main, table, to_uint8, weighted_f)
+from common.datasets import load_grey
+from common.metrics import (NAMES, Metrics, count, evaluate_folders, find_images, main, table,
+                            to_uint8)
 from common.runtime import UserError
+from common.weighted_f import column_gap, far_search, weighted_f
 
 # MAE F_mean F_adp F_max E_mean E_adp E_max S wF IoU of the pairs that `pair` makes
 REFERENCE = {
@@ -284,11 +286,12 @@ def test_a_batch_equals_single_images(device):
     for pred, gt in pairs:
         single.add(pred, gt)
     batch.add(*(torch.stack(x).to(device) for x in zip(*pairs)))
-    for name, values in single.state().items():
-        assert torch.equal(values, batch.state()[name]), name
+    for name, values in single.per_image().items():
+        assert torch.equal(values, batch.per_image()[name]), name
     assert single.scores() == batch.scores()
     together = count(*(torch.stack(x).to(device) for x in zip(*pairs)))       # as on a GPU
-    assert torch.equal(together, single.state()["counts"])
+    alone = [count(pred[None], gt[None]) for pred, gt in pairs]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_merge_in_any_order_and_across_processes():
@@ -300,13 +303,12 @@ def test_merge_in_any_order_and_across_processes():
     for part in parts:
         a.merge(part)
     for part in parts[::-1]:
-        b.merge(pickle.loads(pickle.dumps(part.state())))
+        b.merge(pickle.loads(pickle.dumps(part)))
     assert_close(a.scores(), b.scores(), 1e-12)
     assert a.per_image()["S"].tolist() == b.per_image()["S"].flip(0).tolist()
     a.merge(Metrics())                                    # a process may have had no image
     assert a.scores()["n"] == 3
     for other in (Metrics(stretch=False), Metrics(wf=False)):
-        other.add(*pair("two"))
         with pytest.raises(ValueError, match="options"):
             a.merge(other)
 
@@ -403,7 +405,7 @@ def test_report_names_every_problem(folders, capsys):
     save(pred / "nothing.jpg", np.full((10, 15), 9, np.uint8))
     metrics, names, report = evaluate_folders(pred, gt)
     assert names == ["binary", "nothing"] and metrics.scores()["n"] == 2
-    assert "soft.png is not a readable image" in report.pop("unreadable")[0]
+    assert "soft.png (not a picture)" in report.pop("unreadable")[0]
     assert report == {"missing": ["video/two"], "extra": ["other"], "resized": ["nothing"],
                       "empty mask": ["nothing"], "constant map": ["nothing"]}
     assert evaluate_folders(pred, gt, empty="skip")[1] == ["binary"]
@@ -470,6 +472,8 @@ def test_bad_folders(folders, tmp_path):
         evaluate_folders(tmp_path / "nowhere", gt)
     with pytest.raises(UserError, match="no file in .* has the stem"):
         evaluate_folders(pred / "video", gt)
+    with pytest.raises(UserError, match=r"^cannot write .*s.json \((?!.*--out)"):
+        main([str(pred), str(gt), "--no-wf", "--json", str(pred / "soft.png" / "s.json")])
     save(pred / "soft.jpg", np.zeros((4, 4), np.uint8))
     with pytest.raises(UserError, match="same stem"):
         evaluate_folders(pred, gt)

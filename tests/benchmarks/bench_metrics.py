@@ -24,7 +24,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.metrics import Metrics, evaluate_folders, find_images, load_grey, weighted_f
+from common.datasets import load_grey
+from common.metrics import Metrics, evaluate_folders, find_images
+from common.weighted_f import weighted_f
 
 try:
     import py_sod_metrics
