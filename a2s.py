@@ -4,7 +4,7 @@ Zhou, Chen, Yang, Lai, Xie: "Activation to Saliency: Forming High-Quality Labels
 Salient Object Detection", IEEE TCSVT 33(2), 2023 (arXiv 2112.03650).
 
 A network pretrained without labels (MoCo v2) already fires on the main object of a photo. Stage 1
-keeps that encoder frozen and trains four small blocks that sum its activations into one map, pushing
+freezes that encoder and trains four small blocks that sum its activations into one map, pushing
 every pixel away from the mean of its own image (adaptive decision boundary). The smaller side is
 taken for the object; a dense CRF and a median filter turn the map into a pseudo label. Stage 2
 trains a light detector on the labels and corrects them with its own predictions (online label
@@ -28,23 +28,24 @@ ECSSD: stage 1 .840 / .072, stage 2 .880 / .060. Ours at that size: not run. At 
 
 Departures. The paper is the default. Where it is silent the released code is followed: loss weights
 1 .1 .3 .5, nesterov, weight decay 5e-4, a tenth of the rate for stage 2's encoder, MoCo v2 of 800
-epochs, labels binarised at 0.5, BatchNorm in training mode (--bn), and the head between H5 and the
-local RAM, which Table VII's parameter count proves. --released follows the authors' code also where
-it contradicts the paper:
+epochs, labels binarised at 0.5, and the head between H5 and the local RAM, which Table VII's
+parameter count proves. --released follows the authors' code also where it contradicts the paper:
  D1 stage 1's learning rate falls at epochs 10 and 16; released: 12 and 16.
- D2 the CRF starts from labels cut at theta = 0, of certainty 0.7; released: cut in the middle of the
-    map's range. Eq. 6 to the letter (--unary soft) starts from sigmoid(theta), which is so close to 0
-    and 1 that the CRF can hardly move it: .02 of F instead of .11 (README).
+ D2 the CRF starts from labels cut at theta = 0, of certainty 0.7; released: cut in the middle of
+    the map's range. Eq. 6 to the letter (--unary soft) starts from sigmoid(theta), which lies so
+    close to 0 and 1 that the CRF can hardly move it (README).
  D3 labels are made at --size pixels, in batches; released: at each photo's own size.
  D4 E5 enters its SE block as it is; released: times the classifier's weights summed over the
     classes, a random vector with MoCo's weights.
  D5 a tie in Eq. 5 counts as +1; released: as 0, a blank map.
  D6 stage 2 draws flips anew in every epoch; released: once and for all.
+ D7 the encoder's BatchNorm keeps the statistics of its weights, in stage 1 because the paper
+    freezes it, in both because it measured better (README); released: statistics of the batch.
 Ours in both cases:
- D7 Eq. 4's L2 distance is squared, as released: the L2 norm of a scalar would be its L1 norm.
- D8 the label bank holds 8 bits per pixel.
- D9 DB1's mean over the training set is a running mean (rate 0.01).
- D10 HMA differs from OLR in the CRF alone; lambda and its start are OLR's.
+ D8 Eq. 4's L2 distance is squared, as released: the L2 norm of a scalar would be its L1 norm.
+ D9 the label bank holds 8 bits per pixel.
+ D10 DB1's mean over the training set is a running mean (rate 0.01).
+ D11 HMA differs from OLR in the CRF alone; lambda and its start are OLR's.
 Not implemented: MINet, the rival detector of Table VII.
 
 Shapes: B batch, H W input size, h w feature size. Images are in [0, 1].
@@ -64,8 +65,9 @@ from common.datasets import load_mask, open_set
 from common.runtime import UserError, autocast, generator, progress, save_png
 
 PAPER = {"epochs": (20, 25), "lr": (1.0, 0.005), "batch_size": 8, "size": 320,
-         "backbone": "resnet50"}
-SHAPES = {"epochs": (4, 8), "lr": (1.0, 0.005), "batch_size": 8, "size": 160, "backbone": "tiny"}
+         "backbone": "resnet50", "sxy": 50.0, "srgb": 5.0}
+SHAPES = {"epochs": (3, 3), "lr": (1.0, 0.01), "batch_size": 8, "size": 160,
+          "backbone": "tiny", "sxy": 100.0, "srgb": 20.0}
 DECAY = ((10, 16), (15, 20))  # epochs from which on a stage's rate is divided by 10 (Sec. IV-A)
 PAPER_SETS = ["ECSSD", "MSRA-B-test", "DUT-OMRON", "PASCAL-S", "DUTS-TE", "HKU-IS"]  # Table II
 
@@ -77,9 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
                                      epilog="The docstring of this file explains the method.")
     method = parser.add_argument_group("method")
     method.add_argument("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
-    method.add_argument("--released", action="store_true", help="the authors' code (D1 to D6)")
-    method.add_argument("--bn", choices=("batch", "stored"), default="batch",
-                        help="statistics of the encoder's BatchNorm in training [batch]")
+    method.add_argument("--released", action="store_true", help="the authors' code (D1 to D7)")
+    method.add_argument("--bn", choices=("stored", "batch"),
+                        help="statistics of the encoder's BatchNorm in training, see D7 [stored]")
     method.add_argument("--alpha", type=float, default=0.1, help="weight of L1 in Eq. 4 [0.1]")
     method.add_argument("--aux", type=float, nargs=3, default=(0.1, 0.3, 0.5), metavar="W",
                         help="loss weights of F3 F4 F5; 0 0 0 is variant A1 [0.1 0.3 0.5]")
@@ -91,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--threshold", choices=THRESHOLDS, default="mean", help="of M [mean]")
     method.add_argument("--unary", choices=("hard", "soft"), default="hard",
                         help="the CRF starts from labels or from probabilities, see D2 [hard]")
+    method.add_argument("--sxy", type=float, help="CRF's reach in a photo of 320 pixels [50]")
+    method.add_argument("--srgb", type=float, help="CRF's tolerance of grey levels [5]")
     method.add_argument("--detector", choices=("ram", "conv"), default="ram",
                         help="conv: a convolution instead of RAM, Table VII's dagger [ram]")
     method.add_argument("--rectify", choices=("olr", "hma", "off"), default="olr",
@@ -108,6 +112,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     # one number on the command line serves both stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v, v) for v in (args.epochs, args.lr))
+    args.bn = args.bn or ("batch" if args.released else "stored")        # D7
     if args.eval is None and args.data == "MSRA-B":
         args.eval = harness.present(PAPER_SETS, args.data_root)
     elif args.eval is None:
@@ -220,7 +225,7 @@ THRESHOLDS = {"mean": lambda m: m.mean((2, 3), keepdim=True),  # [B, 1, h, w] ->
 
 
 def between_variance(m: Tensor, threshold: Tensor) -> Tensor:
-    """Eq. 2, V = p1 p2 (mu1 - mu2)^2, written as cov(M, side)^2 / (p1 p2). [B, 1, h, w] -> [B, 1]"""
+    """Eq. 2, V = p1 p2 (mu1 - mu2)^2, as cov(M, side)^2 / (p1 p2). [B, 1, h, w] -> [B, 1]"""
     side = (m >= threshold).float()
     p = side.mean((2, 3))
     return ((m * side).mean((2, 3)) - p * m.mean((2, 3))) ** 2 / (p * (1 - p)).clamp(min=1e-12)
@@ -274,7 +279,7 @@ class Detector(nn.Module):
 
 # ---- Losses --------------------------------------------------------------------------------------
 def adb_loss(theta: Tensor, alpha: float, keep: Tensor | None = None) -> Tensor:
-    """Eq. 4: L = -mean(D^2 + alpha D), D = |sigmoid(theta) - 0.5|; keep: weights of mean 1 (D7)."""
+    """Eq. 4: L = -mean(D^2 + alpha D), D = |sigmoid(theta) - 0.5|; keep: weights of mean 1 (D8)."""
     d = (torch.sigmoid(theta.float()) - 0.5).abs()
     v = d.square() + alpha * d
     return -(v if keep is None else v * keep).mean()
@@ -348,8 +353,9 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
         net.train()
         loss, images = train_epoch(stage, parallel, optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
+        seen = {"mirror": mirror_agreement(net, bank, args)} if stage == 1 else {}
         picture = folder / "vis" / f"epoch_{epoch:03d}.png"
-        seen = watch(lambda image: forward(net, image, args), picture)
+        seen |= watch(lambda image: forward(net, image, args), picture)
         log.epoch(epoch, images, loss=loss, lr=rate(stage, epoch, args), **seen)
         if world.main:
             harness.save(folder, "a2s", stage, epoch, flags, net, optimiser, labels)
@@ -380,7 +386,8 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
         optimiser.step()
         if stage == 2 and args.rectify != "off" and epoch > 2:           # lambda is 1 before
             y = torch.sigmoid(out.detach().float())
-            y = dense_crf(image * 255, y) if args.rectify == "hma" else y  # D10
+            if args.rectify == "hma":                                    # D11
+                y = dense_crf(image * 255, y, sxy=80 * args.size / 320)
             g = args.lam * labels.read(index, flip) + (1 - args.lam) * y  # Eq. 14
             labels.write(index, flip, g)
         total, steps = total + loss.detach(), steps + 1
@@ -399,15 +406,29 @@ def keep_mask(theta: Tensor, drop: float, world: runtime.World, pixels: torch.Ge
 
 
 @torch.no_grad()
+def mirror_agreement(net: ActivationNet, bank: Bank, args: argparse.Namespace) -> float:
+    """Correlation between the maps of 64 training photos and of the same photos mirrored.
+
+    Without masks it tells a map that follows the photo (near 1) from one that follows the place in
+    the picture (near 0), the way in which stage 1 fails: see the README.
+    """
+    maps = [torch.cat([torch.sigmoid(forward(net, bank.images(i, flip.expand(len(i))), args))
+                       for i in torch.arange(min(64, len(bank))).split(args.batch_size)])
+            for flip in torch.tensor([False, True])]
+    return torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].flip(3).flatten()]))[0, 1].item()
+
+
+@torch.no_grad()
 def study_thresholds(net: ActivationNet, bank: Bank, args: argparse.Namespace) -> None:
     """Table I: print V (Eq. 2) of each threshold on M stretched to [0, 1], before training."""
     v = dict.fromkeys(THRESHOLDS, 0.0)
-    for index in torch.arange(len(bank)).split(args.batch_size)[:2 if args.dry_run else None]:
+    count = 2 * args.batch_size if args.dry_run else len(bank)
+    for index in torch.arange(len(bank))[:count].split(args.batch_size):
         m = net.eval().features(bank.images(index))[0].float().sum(1, keepdim=True)
         m = m - m.amin((2, 3), keepdim=True)
         m = m / m.amax((2, 3), keepdim=True).clamp(min=1e-12)
         for name, threshold in THRESHOLDS.items():
-            v[name] += between_variance(m, threshold(m)).sum().item() / len(bank)
+            v[name] += between_variance(m, threshold(m)).sum().item() / count
     print("V of M before training (Table I): " + ", ".join(f"{k} {x:.4f}" for k, x in v.items()))
 
 
@@ -416,12 +437,10 @@ def refine(image: Tensor, theta: Tensor, args: argparse.Namespace) -> Tensor:
     """Eq. 6: G = median filter(CRF(sigmoid(theta))), theta signed. -> [B, 1, H, W] of 0 and 1"""
     prob = torch.sigmoid(theta.float())
     side = 1 if args.released else image.shape[-1] / 320  # sxy is for photos of about 320 pixels
-    if args.released or args.unary == "hard":        # the authors' CRF settings for labels
+    if args.released or args.unary == "hard":                            # D2
         low, high = prob.amin((2, 3), keepdim=True), prob.amax((2, 3), keepdim=True)
-        cut = (low + high) / 2 if args.released else 0.5                 # D2
-        prob = dense_crf(image * 255, hard_unary((prob > cut).float()), sxy=50 * side, srgb=5)
-    else:                                            # and for probabilities
-        prob = dense_crf(image * 255, prob, sxy=80 * side, srgb=13)
+        prob = hard_unary(prob > ((low + high) / 2 if args.released else 0.5))
+    prob = dense_crf(image * 255, prob, args.sxy * side, args.srgb)
     return median_filter((prob > 0.5).float(), 7)
 
 
@@ -497,7 +516,8 @@ def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict under our names, less GroupNorms that they built but never called."""
     names = {"decoder.": "", "ad2.": "se3.", "ad3.": "se4.", "ad4.": "se5.", "fusion.": "se0.",
              "ad0.0": "conv", "ad0.1": "norm", "se.conv": "gate", "adapter": "laterals.",
-             "gconv": "basis", "res_conv1": "attention.0", "res_conv2": "attention.1", "gb_conv": "head"}
+             "gconv": "basis", "res_conv1": "attention.0", "res_conv2": "attention.1",
+             "gb_conv": "head"}
     renamed = {}
     for key, value in state.items():
         if ".se.gn." not in key:

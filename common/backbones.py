@@ -54,7 +54,6 @@ DEFAULT_WEIGHTS = {"resnet50": "moco800", "tiny": "shapes"}  # the others: image
 class Pyramid(nn.Module):
     """Base of the encoders: pixel normalisation and the BatchNorm policy."""
     channels: tuple[int, ...]
-    classifier: tuple[str, ...] = ("fc.", "classifier.")  # keys of weight files that are not needed
     stored_stats = False
 
     def set_pixels(self, pixels: str) -> None:
@@ -115,7 +114,7 @@ class VGG16(Pyramid):
 
 
 class MobileNetV2(Pyramid):
-    """torchvision's MobileNetV2 features, tapped before each growth of the stride and at the end."""
+    """torchvision's MobileNetV2, tapped before each growth of the stride and at the end."""
     channels = (16, 24, 32, 96, 1280)
 
     def __init__(self):
@@ -134,7 +133,11 @@ class MobileNetV2(Pyramid):
 
 class Tiny(Pyramid):
     """A small encoder that trains in minutes on a CPU: per level a strided and a plain convolution
-    (only the strided one in the last level), each with BatchNorm and ReLU. 0.9 M parameters."""
+    (only the strided one in the last level), each with BatchNorm and ReLU. 0.9 M parameters.
+
+    Borders are replicated: zeros tell the deep maps a pixel's place in the picture, and on small
+    pictures an unsupervised stage 1 would rather learn places than objects.
+    """
     channels = (32, 48, 96, 160, 256)
 
     def __init__(self):
@@ -144,8 +147,8 @@ class Tiny(Pyramid):
             strides = (2,) if width == 256 else (2, 1)
             level = []
             for stride in strides:
-                level += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width),
-                          nn.ReLU()]
+                level += [nn.Conv2d(before, width, 3, stride, 1, bias=False,
+                                    padding_mode="replicate"), nn.BatchNorm2d(width), nn.ReLU()]
                 before = width
             self.levels.append(nn.Sequential(*level))
 
@@ -171,9 +174,9 @@ def backbone(name: str, weights: str | None = None, pixels: str = "imagenet",
              stored_stats: bool = False, keep_fc: bool = False) -> Pyramid:
     """Build an encoder and load its weights.
 
-    name: a key of `BACKBONES`. weights: a name of the table above, a local file, "none" for a random
-    start, or None for the default of the backbone. pixels, stored_stats: see the top of this file.
-    keep_fc: keep ResNet's classification layer (the released A2S uses it; MoCo's file has none, so
+    name: a key of `BACKBONES`. weights: a name of the table above, a local file, "none" for a
+    random start, or None for the backbone's default. pixels, stored_stats: see the top of this
+    file. keep_fc: keep a ResNet's classifier (the released A2S uses it; MoCo's file has none, so
     there it stays random). Raises `UserError` for unknown names, missing files, and wrong keys.
     """
     keep_fc = keep_fc and name.startswith("resnet")
@@ -186,8 +189,9 @@ def backbone(name: str, weights: str | None = None, pixels: str = "imagenet",
         state = read_weights(path)
         if keep_fc and "fc.weight" not in state:
             state |= {f"fc.{key}": value for key, value in encoder.fc.state_dict().items()}
-        load_state(encoder, state, path, surplus=() if keep_fc and "fc.0.weight" not in state
-                   else ("fc.0.", "fc.2.") if keep_fc else encoder.classifier)
+        # the keys of a classifier are not needed; fc.0 and fc.2 are MoCo's projection head
+        surplus = ("fc.0.", "fc.2.") if keep_fc else ("fc.", "classifier.")
+        load_state(encoder, state, path, surplus)
     return encoder
 
 

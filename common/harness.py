@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="run folder [runs/<script>-<data>]")
     out.add_argument("--resume", action="store_true", help="continue from the run folder's last.pt")
-    out.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint for --eval, --predict")
+    out.add_argument("--weights", type=Path, metavar="FILE", help="for --eval and --predict")
     out.add_argument("--predict", type=Path, metavar="PATH", help="map a photo or a folder of them")
     out.add_argument("--cutout", action="store_true", help="--predict also writes RGBA cut-outs")
     out.add_argument("--crf", action="store_true", help="refine predicted maps with the dense CRF")
@@ -63,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace, method: str) -> None:
-    """Resolve the device, join torchrun's processes, choose the run folder; print what was chosen."""
+    """Resolve the device, join torchrun's processes, choose the run folder; print the choices."""
     args.device, reason = runtime.pick_device(args.device)
     args.world = runtime.join_world(args.device)
     if args.batch_size % args.world.size:
@@ -106,7 +106,7 @@ def save_args(args: argparse.Namespace, folder: Path, **extra) -> dict:
 
 def save(folder: Path, method: str, stage: int, epoch: int, flags: dict, net: nn.Module,
          optimiser: torch.optim.Optimizer, labels: MapBank | None = None) -> None:
-    """Write <folder>/last.pt: everything that `resume` needs to go on as if nothing had happened."""
+    """Write <folder>/last.pt: all that `resume` needs to go on as if nothing had happened."""
     runtime.save_checkpoint(folder / "last.pt", method=method, stage=stage, epoch=epoch, args=flags,
                             model=net.state_dict(), optimiser=optimiser.state_dict(),
                             labels=labels.pixels if labels else None)
@@ -255,7 +255,7 @@ class Watch:
 # ---- Prediction ------------------------------------------------------------------------------
 @torch.inference_mode()
 def predict(forward: Forward, args: argparse.Namespace) -> None:
-    """Write <out>/predict/<stem>.png (8 bits, the photo's size) for a photo, or each of a folder."""
+    """Write <out>/predict/<stem>.png (8 bits, the photo's size) for a photo or a folder."""
     single = args.predict.is_file()
     photos = Photo(args.predict) if single else open_set(args.predict, masks=False)
     folder = args.out / "predict"

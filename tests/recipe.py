@@ -1,8 +1,8 @@
 """Numbers that anyone can make again from a name: weights and inputs of the parity tests.
 
-The released networks were filled with `weights(key, shape)` for each of their state-dict keys and run on
-`photos(...)`; a sample of what came out lies in tests/reference/. A network of ours that gives the same
-numbers computes the same function, so the authors' checkpoints load and give the authors' maps.
+The released networks were filled with `weights(key, shape)` for each of their state-dict keys and
+run on `photos(...)`; a sample of what came out lies in tests/reference/. A network of ours that
+gives the same numbers is the same function: the authors' checkpoints load and give their maps.
 """
 import json
 import math
@@ -24,7 +24,7 @@ def unit(key: str, count: int) -> np.ndarray:
 
 
 def weights(key: str, shape: list[int], he: tuple[str, ...] = ()) -> torch.Tensor:
-    """The value of state-dict entry `key`; `he`: prefixes whose kernels have the variance 2 / fan in."""
+    """The value of state-dict entry `key`; `he`: prefixes of kernels of variance 2 / fan in."""
     count = math.prod(shape)
     u = unit(key, count)
     v = 2 * u - 1
@@ -53,7 +53,8 @@ def photos(name: str, h: int, w: int) -> torch.Tensor:
     b, c, y, x = grid(shape)
     wave = np.sin(2 * np.pi * (1.3 + 0.4 * (c % 3)) * x / w + 0.7 * b + 0.9 * (c // 3))
     wave += np.cos(2 * np.pi * (0.9 + 0.3 * (c % 3)) * y / h - 0.5 * c)
-    return torch.from_numpy(np.concatenate([noise, 0.5 + 0.22 * wave + 0.06 * (noise - 0.5)])).float()
+    smooth = 0.5 + 0.22 * wave + 0.06 * (noise - 0.5)
+    return torch.from_numpy(np.concatenate([noise, smooth])).float()
 
 
 def disk(shape: tuple[int, ...]) -> torch.Tensor:
@@ -75,7 +76,8 @@ def logits(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def reference(name: str) -> tuple[dict, dict]:
     """(description, sampled outputs) of a released network."""
-    return (json.loads((REFERENCE / f"{name}.json").read_text()), dict(np.load(REFERENCE / f"{name}.npz")))
+    description = json.loads((REFERENCE / f"{name}.json").read_text())
+    return description, dict(np.load(REFERENCE / f"{name}.npz"))
 
 
 def error(name: str, output: str, value: torch.Tensor) -> float:
@@ -83,5 +85,6 @@ def error(name: str, output: str, value: torch.Tensor) -> float:
     description, arrays = reference(name)
     shape, stride = description["outputs"][output]
     assert list(value.shape) == shape
-    ours, theirs = value.detach().reshape(-1)[::stride].double().numpy(), arrays[output].astype(np.float64)
+    ours = value.detach().reshape(-1)[::stride].double().numpy()
+    theirs = arrays[output].astype(np.float64)
     return np.abs(ours - theirs).max() / np.abs(theirs).max()

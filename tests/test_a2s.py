@@ -1,4 +1,4 @@
-"""a2s.py by hand: every loss, boundary, threshold and schedule against numbers worked out on paper."""
+"""a2s.py by hand: losses, boundaries, thresholds, schedules against numbers worked out on paper."""
 import math
 from argparse import Namespace
 

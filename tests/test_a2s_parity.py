@@ -72,7 +72,8 @@ def test_adb_loss_and_gradient_equal_the_released_loss(drop):
     scalars, total = recipe.reference("loss_a2s_v1")[0]["scalars"], 0
     for i, (shape, weight) in enumerate(zip(SHAPES, (1, 0.1, 0.3, 0.5))):
         theta = recipe.logits(f"adb{i}", shape).requires_grad_()
-        keep = torch.from_numpy(recipe.unit(f"mask:adb{i}", theta.numel()) > 0.5).view(shape).float()
+        keep = torch.from_numpy(recipe.unit(f"mask:adb{i}", theta.numel()) > 0.5)
+        keep = keep.view(shape).float()
         loss = a2s.adb_loss(theta, 0.1, keep / keep.mean() if drop == "drop" else None)
         loss.backward()
         assert 1 + loss.item() == pytest.approx(scalars[f"adb_map{i}_{drop}"], rel=1e-6)

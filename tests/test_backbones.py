@@ -47,7 +47,8 @@ def test_moco_checkpoints_give_their_query_encoder(tmp_path):
     query = {f"module.encoder_q.{k}": v for k, v in source.items()}
     key = {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in source.items()}
     head = {f"module.encoder_q.fc.{i}.weight": torch.zeros(1) for i in (0, 2)}
-    path = save(tmp_path, {"epoch": 800, "state_dict": {**key, **query, **head, "module.queue": head}})
+    state = {**key, **query, **head, "module.queue": torch.zeros(1)}
+    path = save(tmp_path, {"epoch": 800, "state_dict": state})
     assert torch.equal(backbone("resnet18", path).conv1.weight, source["conv1.weight"])
 
 
@@ -63,8 +64,9 @@ def test_files_with_and_without_prefix_or_classifier_load(tmp_path):
 
 def test_moco_s_head_does_not_replace_a_kept_classifier(tmp_path):
     """The released A2S keeps a random classifier with MoCo's file (D4 of a2s.py)."""
-    source = {f"module.encoder_q.{k}": v for k, v in backbone("resnet18", "none").state_dict().items()}
-    source |= {f"module.encoder_q.fc.{i}.{p}": torch.zeros(1) for i in (0, 2) for p in ("weight", "bias")}
+    source = backbone("resnet18", "none").state_dict()
+    source |= {f"fc.{i}.{p}": torch.zeros(1) for i in (0, 2) for p in ("weight", "bias")}
+    source = {f"module.encoder_q.{key}": value for key, value in source.items()}
     encoder = backbone("resnet18", save(tmp_path, {"state_dict": source}), keep_fc=True)
     assert encoder.fc.weight.std() > 0
 

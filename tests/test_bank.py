@@ -46,7 +46,7 @@ def test_rectifying_equals_eq_14_by_hand_with_flips():
     """G := 0.4 G + 0.6 Y, where Y belongs to the flipped photo."""
     bank = MapBank(maps, 6, 4, CPU)
     index, flip = torch.tensor([2]), torch.tensor([True])
-    y = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 1, 4, 4)             # left of the mirrored photo
+    y = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 1, 4, 4)         # left of the mirrored photo
     bank.write(index, flip, 0.4 * bank.read(index, flip) + 0.6 * y)
     want = [0.4 * 20, 0.4 * 21, 0.4 * 22, 0.4 * 23 + 0.6 * 255]           # so right of the photo
     assert bank.pixels[2, 0, 0].tolist() == [round(v) for v in want]
@@ -91,7 +91,8 @@ def test_processes_share_a_batch_without_overlap_and_in_order():
 
 def test_flips_anew_change_between_epochs_and_flips_once_do_not():
     def flips(epoch, mode):
-        return {int(i): bool(f) for index, flip in draw(0, epoch, mode) for i, f in zip(index, flip)}
+        return {int(i): bool(f) for index, flip in draw(0, epoch, mode)
+                for i, f in zip(index, flip)}
     assert flips(1, "once") == flips(2, "once")
     assert flips(1, "anew") != flips(2, "anew")
     drawn = [f for epoch in range(25) for f in flips(epoch, "anew").values()]

@@ -83,7 +83,7 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path, capsys):
 def test_a_loss_that_is_no_number_stops():
     runtime.require_finite(1.5, 3)
     for value in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match="epoch 3 is not a number.*checkpoint of epoch 2 is kept"):
+        with pytest.raises(UserError, match="epoch 3 is not a number.*epoch 2 is kept"):
             runtime.require_finite(value, 3)
 
 
