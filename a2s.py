@@ -213,6 +213,8 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 def otsu(m: Tensor) -> Tensor:
     """Otsu's threshold: the least value on the upper side of the split of greatest V (Eq. 2)."""
     x = m.detach().flatten(1).double().sort(1).values                    # [B, N]
+    if x.shape[1] == 1:
+        return m.detach()
     n, k = x.shape[1], torch.arange(1, x.shape[1], device=x.device)      # k pixels lie below
     below = x.cumsum(1)[:, :-1]
     v = k * (n - k) * (below / k - (x.sum(1, keepdim=True) - below) / (n - k)) ** 2

@@ -202,8 +202,8 @@ def evaluate(forward: Forward, args: argparse.Namespace, folder: Path,
 
 
 def save_results(results: dict[str, dict], args: argparse.Namespace, folder: Path) -> None:
-    """Print the table of scores; write eval.json and eval.md."""
-    if args.world.main:
+    """Print the table of scores; write eval.json and eval.md. Nothing without --eval sets."""
+    if args.world.main and results:
         print(table(results))
         save_json(folder / "eval.json", results)
         markdown = table(results, "markdown") + "\n"
@@ -211,11 +211,11 @@ def save_results(results: dict[str, dict], args: argparse.Namespace, folder: Pat
 
 
 def gallery(columns: list[str], args: argparse.Namespace) -> None:
-    """Save <out>/gallery.png: photo, the maps of each column's folder ("{}" is the set), truth."""
+    """Save <out>/gallery.png: photo, a map of each folder below <out> ("{}": the set), truth."""
     if not args.eval or not args.world.main:
         return
     dataset = open_set(args.eval[0], args.data_root)
-    folders = [Path(column.format(dataset.title)) for column in columns]
+    folders = [args.out / column.format(dataset.title) for column in columns]
     rows = []
     for sample in (dataset[i] for i in range(min(8, len(dataset)))):
         files = [folder / f"{sample['name']}.png" for folder in folders]

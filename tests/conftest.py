@@ -1,4 +1,4 @@
-"""Tests run from the repository's root, on two threads, without network, data sets or a GPU."""
+"""Tests run from the repository's root, on one thread, without network, data sets or a GPU."""
 import sys
 from pathlib import Path
 
@@ -6,4 +6,4 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(2)
+torch.set_num_threads(1)
