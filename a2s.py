@@ -34,9 +34,9 @@ parameter count proves. --released follows the authors' code also where it contr
  D2 the CRF starts from labels cut at theta = 0, of certainty 0.7; released: cut in the middle of
     the map's range. Eq. 6 to the letter (--unary soft) starts from sigmoid(theta), which lies so
     close to 0 and 1 that the CRF can hardly move it (README).
- D3 labels are made at --size pixels, in batches; released: at each photo's own size.
- D4 E5 enters its SE block as it is; released: times the classifier's weights summed over the
-    classes, a random vector with MoCo's weights.
+ D3 training labels are made at --size pixels, in batches; released: at each photo's own size.
+ D4 E5 enters its SE block as it is; released (ResNets): times the classifier's weights summed over
+    the classes, a random vector with MoCo's weights.
  D5 a tie in Eq. 5 counts as +1; released: as 0, a blank map.
  D6 stage 2 draws flips anew in every epoch; released: once and for all.
  D7 the encoder's BatchNorm keeps the statistics of its weights, in stage 1 because the paper
@@ -51,6 +51,7 @@ Not implemented: MINet, the rival detector of Table VII.
 Shapes: B batch, H W input size, h w feature size. Images are in [0, 1].
 """
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--bn", choices=("stored", "batch"),
                         help="statistics of the encoder's BatchNorm in training, see D7 [stored]")
     method.add_argument("--alpha", type=float, default=0.1, help="weight of L1 in Eq. 4 [0.1]")
-    method.add_argument("--aux", type=float, nargs=3, default=(0.1, 0.3, 0.5), metavar="W",
+    method.add_argument("--aux", type=float, nargs=3, default=[0.1, 0.3, 0.5], metavar="W",
                         help="loss weights of F3 F4 F5; 0 0 0 is variant A1 [0.1 0.3 0.5]")
     method.add_argument("--drop", type=float, default=0.5, metavar="SHARE",
                         help="pixels dropped from stage 1's loss; 0 is variant A2 [0.5]")
@@ -106,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
+    if not 0 <= args.drop < 1:
+        raise UserError(f"--drop {args.drop} is not a share of pixels from 0 to less than 1")
     small = args.data.startswith("shapes")
     for name, value in (SHAPES if small else PAPER).items():
         if getattr(args, name) is None:
@@ -212,13 +215,13 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 
 def otsu(m: Tensor) -> Tensor:
     """Otsu's threshold: the least value on the upper side of the split of greatest V (Eq. 2)."""
-    x = m.detach().flatten(1).double().sort(1).values                    # [B, N]
+    x = m.detach().flatten(1).sort(1).values                             # [B, N]
     if x.shape[1] == 1:
         return m.detach()
     n, k = x.shape[1], torch.arange(1, x.shape[1], device=x.device)      # k pixels lie below
     below = x.cumsum(1)[:, :-1]
     v = k * (n - k) * (below / k - (x.sum(1, keepdim=True) - below) / (n - k)) ** 2
-    return x.gather(1, v.argmax(1, keepdim=True) + 1).to(m.dtype)[..., None, None]
+    return x.gather(1, v.argmax(1, keepdim=True) + 1)[..., None, None]
 
 
 THRESHOLDS = {"mean": lambda m: m.mean((2, 3), keepdim=True),  # [B, 1, h, w] -> [B, 1, 1, 1]
@@ -317,6 +320,8 @@ def make_net(stage: int, args: argparse.Namespace, weights: str | None) -> nn.Mo
     encoder = backbone(args.backbone, weights, args.pixels, args.bn == "stored", args.released)
     net = Detector(encoder, args.detector == "ram") if stage == 2 else ActivationNet(
         encoder, args.boundary, args.threshold, args.train_encoder, args.released)
+    if hasattr(encoder, "fc"):
+        encoder.fc.requires_grad_(False)  # D4 reads it, nothing trains it
     net = net.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         net.compile()
@@ -333,7 +338,7 @@ def rate(stage: int, epoch: int, args: argparse.Namespace) -> float:
 def train(stage: int, args: argparse.Namespace) -> nn.Module:
     """Train one stage, starting from its backbone's weights or, with --resume, from last.pt."""
     world, folder, epochs = args.world, args.out / f"stage{stage}", args.epochs[stage - 1]
-    flags = harness.save_args(args, folder)
+    dataset = open_set(args.data, args.data_root, masks=False)
     torch.manual_seed(args.seed)
     net = make_net(stage, args, args.backbone_weights)
     encoder = [p for p in net.encoder.parameters() if p.requires_grad]
@@ -341,10 +346,11 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     optimiser = torch.optim.SGD([{"params": others, "scale": 1.0},
                                  {"params": encoder, "scale": 0.1 if stage == 2 else 1.0}],
                                 momentum=0.9, nesterov=True, weight_decay=5e-4)
-    dataset = open_set(args.data, args.data_root, masks=False)
     bank = Bank(dataset, args.size, args.device, folder)
     labels = read_labels(dataset.names, args, folder) if stage == 2 else None
+    flags = harness.plain_flags(args)
     done = harness.resume(folder, "a2s", stage, flags, net, optimiser, labels)
+    harness.save_args(flags, args, folder)
     if stage == 1 and done == 0 and world.main:
         study_thresholds(net, bank, args)
     log, watch = runtime.Log(folder, epochs, done, quiet=not world.main), harness.Watch(args)
@@ -355,9 +361,9 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
         net.train()
         loss, images = train_epoch(stage, parallel, optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
-        seen = {"mirror": mirror_agreement(net, bank, args)} if stage == 1 else {}
-        picture = folder / "vis" / f"epoch_{epoch:03d}.png"
-        seen |= watch(lambda image: forward(net, image, args), picture)
+        logit, picture = partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png"
+        seen = {"mirror": harness.mirror(logit, bank)} if stage == 1 else {}
+        seen |= watch(logit, picture)
         log.epoch(epoch, images, loss=loss, lr=rate(stage, epoch, args), **seen)
         if world.main:
             harness.save(folder, "a2s", stage, epoch, flags, net, optimiser, labels)
@@ -367,9 +373,9 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
 
 def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank,
                 labels: MapBank | None, epoch: int, args: argparse.Namespace) -> tuple[float, int]:
-    """One pass over the bank: (mean loss, number of images). The only host sync is at its end."""
+    """One pass over the bank: (mean loss, number of images)."""
     world, total, steps = args.world, torch.zeros((), device=args.device), 0
-    order, batch = epoch_order(len(bank), args.batch_size, args.seed, epoch)
+    order, batch = epoch_order(len(bank), args.batch_size, args.seed, epoch, world)
     flips = "once" if args.released and stage == 2 else "anew"           # D6
     pixels = generator(args.device, args.seed, "drop", epoch)
     for index, flip in progress(batches(order, batch, args.seed, epoch, world, flips),
@@ -382,7 +388,8 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
             loss = sum(weight * adb_loss(theta, args.alpha, keep)
                        for weight, theta, keep in zip((1, *args.aux), out, kept))
         else:
-            loss = detector_loss(out, labels.read(index, flip))
+            g = labels.read(index, flip)
+            loss = detector_loss(out, g)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -390,12 +397,11 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
             y = torch.sigmoid(out.detach().float())
             if args.rectify == "hma":                                    # D11
                 y = dense_crf(image * 255, y, sxy=80 * args.size / 320)
-            g = args.lam * labels.read(index, flip) + (1 - args.lam) * y  # Eq. 14
-            labels.write(index, flip, g)
+            labels.write(index, flip, args.lam * g + (1 - args.lam) * y)  # Eq. 14
         total, steps = total + loss.detach(), steps + 1
         if args.dry_run and steps == 2:
             break
-    if labels:
+    if stage == 2 and args.rectify != "off" and epoch > 2:
         labels.share(order[:steps * batch], batch, world)
     return sum(world.gather(float(total) / steps)) / world.size, steps * batch
 
@@ -408,23 +414,10 @@ def keep_mask(theta: Tensor, drop: float, world: runtime.World, pixels: torch.Ge
 
 
 @torch.no_grad()
-def mirror_agreement(net: ActivationNet, bank: Bank, args: argparse.Namespace) -> float:
-    """Correlation between the maps of 64 training photos and of the same photos mirrored.
-
-    Without masks it tells a map that follows the photo (near 1) from one that follows the place in
-    the picture (near 0), the way in which stage 1 fails: see the README.
-    """
-    maps = [torch.cat([torch.sigmoid(forward(net, bank.images(i, flip.expand(len(i))), args))
-                       for i in torch.arange(min(64, len(bank))).split(args.batch_size)])
-            for flip in torch.tensor([False, True])]
-    return torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].flip(3).flatten()]))[0, 1].item()
-
-
-@torch.no_grad()
 def study_thresholds(net: ActivationNet, bank: Bank, args: argparse.Namespace) -> None:
     """Table I: print V (Eq. 2) of each threshold on M stretched to [0, 1], before training."""
     v = dict.fromkeys(THRESHOLDS, 0.0)
-    count = 2 * args.batch_size if args.dry_run else len(bank)
+    count = min(2 * args.batch_size if args.dry_run else len(bank), len(bank))
     for index in torch.arange(len(bank))[:count].split(args.batch_size):
         m = net.eval().features(bank.images(index))[0].float().sum(1, keepdim=True)
         m = m - m.amin((2, 3), keepdim=True)
@@ -494,8 +487,9 @@ def evaluate(stage: int, net: nn.Module, args: argparse.Namespace) -> dict[str, 
     folder = args.out / f"stage{stage}"
     if stage == 2:
         return harness.evaluate(lambda image: forward(net, image, args), args, folder)
+    once = argparse.Namespace(**{**vars(args), "crf": False})  # labels have been through the CRF
     return harness.evaluate(lambda image: forward(net, image, args), args, folder, "-activation") \
-        | harness.evaluate(lambda image: label_logit(net, image, args), args, folder, "-label")
+        | harness.evaluate(lambda image: label_logit(net, image, args), once, folder, "-label")
 
 
 def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
@@ -503,10 +497,12 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
     saved = runtime.torch_load(path)
     if "method" not in saved and any(key.startswith("decoder.") for key in saved):
         stage, args.released, state = int(args.stage or 2), True, from_released(saved)
+        args.data = "MSRA-B"
     else:
-        names = ("backbone", "pixels", "released", "boundary", "threshold", "detector")
-        saved = harness.restore(path, "a2s", args, names)
+        names = ("backbone", "pixels", "released", "boundary", "threshold", "detector", "unary")
+        saved = harness.restore(path, "a2s", args, (*names, "data"), ("size", "sxy", "srgb"))
         stage, state = saved["stage"], saved["model"]
+        args.out = args.out or path.parent.parent
     fill_defaults(args)
     harness.prepare(args, "a2s")
     net = make_net(stage, args, "none")
@@ -517,16 +513,15 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
 def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict under our names, less GroupNorms that they built but never called."""
     names = {"decoder.": "", "ad2.": "se3.", "ad3.": "se4.", "ad4.": "se5.", "fusion.": "se0.",
-             "ad0.0": "conv", "ad0.1": "norm", "se.conv": "gate", "adapter": "laterals.",
+             "ad0.0": "conv", "ad0.1": "norm", ".se.conv": ".gate", "adapter": "laterals.",
              "gconv": "basis", "res_conv1": "attention.0", "res_conv2": "attention.1",
              "gb_conv": "head"}
     renamed = {}
     for key, value in state.items():
-        if ".se.gn." not in key:
-            for theirs, ours in names.items():
-                key = key.replace(theirs, ours) if not key.startswith("encoder.") else key
-            renamed[key] = value
-    return renamed
+        for theirs, ours in {} if key.startswith("encoder.") else names.items():
+            key = key.replace(theirs, ours)
+        renamed[key] = value
+    return {key: value for key, value in renamed.items() if ".se.gn." not in key}
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -534,7 +529,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
     args = build_parser().parse_args(argv)
     if args.weights or args.predict:
-        args.weights = args.weights or harness.run_folder(args, "a2s") / "stage2" / "last.pt"
+        run = harness.run_folder(args, "a2s")
+        args.weights = args.weights or run / f"stage{args.stage or 2}" / "last.pt"
         stage, net = load(args.weights, args)
         if args.predict:
             harness.predict(lambda image: forward(net, image, args), args)

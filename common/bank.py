@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from common.runtime import World, generator, parallel_map, progress
+from common.runtime import UserError, World, generator, parallel_map, progress
 
 
 def free_memory(device: torch.device) -> int:
@@ -42,6 +42,7 @@ def storage(shape: tuple[int, ...], device: torch.device, file: Path,
     if size <= (free_memory(device) // 2 if budget is None else budget):
         return torch.empty(shape, dtype=torch.uint8, device=device)
     file.parent.mkdir(parents=True, exist_ok=True)
+    file = file.with_suffix(f".{os.environ.get('RANK', 0)}{file.suffix}")  # one for each process
     print(f"{size / 1e9:.1f} GB do not fit into memory: streaming from {file}")
     return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8).view(shape)
 
@@ -49,7 +50,8 @@ def storage(shape: tuple[int, ...], device: torch.device, file: Path,
 def unit(pixels: torch.Tensor, flip: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 [B, C, H, W] to float in [0, 1] on `device`, the rows marked in `flip` [B] mirrored."""
     pixels = pixels.to(device, non_blocking=True).float() / 255
-    return torch.where(flip.to(device).view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    flip = flip.to(device, non_blocking=True).view(-1, 1, 1, 1)
+    return torch.where(flip, pixels.flip(3), pixels)
 
 
 class Bank:
@@ -99,8 +101,11 @@ class MapBank:
             return
         owner = torch.zeros(len(self.pixels), dtype=torch.long)   # rank 0 keeps untouched maps
         owner[order] = torch.arange(len(order)) % batch // (batch // world.size)
-        self.pixels[(owner != world.rank).to(self.pixels.device)] = 0
-        dist.all_reduce(self.pixels)
+        for rows in torch.arange(len(owner)).split(1024):         # the bank may lie on the disk
+            part = self.pixels[rows[0]:rows[-1] + 1].to(self.device)
+            part[(owner[rows] != world.rank).to(self.device)] = 0
+            dist.all_reduce(part)
+            self.pixels[rows[0]:rows[-1] + 1] = part.to(self.pixels.device)
 
 
 def fill(pixels: torch.Tensor, load: Callable[[int], torch.Tensor], text: str) -> None:
@@ -111,10 +116,13 @@ def fill(pixels: torch.Tensor, load: Callable[[int], torch.Tensor], text: str) -
         pixels[i] = image
 
 
-def epoch_order(count: int, batch: int, seed: int, epoch: int) -> tuple[torch.Tensor, int]:
+def epoch_order(count: int, batch: int, seed: int, epoch: int,
+                world: World = World()) -> tuple[torch.Tensor, int]:
     """(samples of an epoch in order [steps * batch], batch). The last incomplete batch is dropped;
-    a set smaller than a batch is one batch."""
-    batch = min(batch, count)
+    a set smaller than a batch is one batch, as far as the processes can share it evenly."""
+    batch = min(batch, count // world.size * world.size)
+    if batch == 0:
+        raise UserError(f"{count} image(s) cannot be shared by {world.size} processes")
     order = torch.randperm(count, generator=generator("cpu", seed, "order", epoch))
     return order[:count // batch * batch], batch
 

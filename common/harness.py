@@ -4,6 +4,7 @@ The flags are spelt once here, so that they mean the same in every script. Nothi
 method: a network is a function from images [B, 3, S, S] in [0, 1] to saliency logits [B, 1, S, S].
 """
 import argparse
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from common import runtime
 from common.backbones import BACKBONES, PIXELS
-from common.bank import MapBank
+from common.bank import Bank, MapBank
 from common.crf import dense_crf, photo_sxy
 from common.datasets import load_image, open_set
 from common.metrics import Metrics, table, to_uint8
@@ -23,6 +24,13 @@ from common.runtime import UserError, progress, save_json, save_png, write_atomi
 
 
 # ---- Flags -----------------------------------------------------------------------------------
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that all scripts share; a default of None stands for the method's own."""
     data = parser.add_argument_group("data")
@@ -32,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--data-root", default="data", metavar="DIR",
                       help="where registered sets lie [data]")
     data.add_argument("--eval", nargs="+", metavar="SET", help="evaluation sets, spelt like --data")
-    data.add_argument("--size", type=int, help="the network sees size x size pixels")
+    data.add_argument("--size", type=positive, help="the network sees size x size pixels")
     net = parser.add_argument_group("backbone")
     net.add_argument("--backbone", choices=BACKBONES)
     net.add_argument("--backbone-weights", metavar="W",
@@ -40,8 +48,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     net.add_argument("--pixels", choices=PIXELS, default="imagenet",
                      help="how the backbone's weights want their pixels [imagenet]")
     train = parser.add_argument_group("optimisation")
-    train.add_argument("--epochs", type=int, help="total number of epochs, of each stage")
-    train.add_argument("--batch-size", type=int, help="over all processes")
+    train.add_argument("--epochs", type=positive, help="total number of epochs, of each stage")
+    train.add_argument("--batch-size", type=positive, help="over all processes")
     train.add_argument("--lr", type=float, help="initial learning rate")
     train.add_argument("--seed", type=int, default=0)
     run = parser.add_argument_group("runtime")
@@ -70,6 +78,8 @@ def prepare(args: argparse.Namespace, method: str) -> None:
         raise UserError(f"--batch-size {args.batch_size} cannot be split over "
                         f"{args.world.size} processes")
     args.out = run_folder(args, method)
+    for spec in args.eval:
+        open_set(spec, args.data_root)  # a wrong name shall not come to light after hours
     if args.world.main:
         print(f"device {args.device} ({reason}), {args.world.size} process(es), "
               f"backbone {args.backbone}, {args.size} px, run folder {args.out}")
@@ -77,7 +87,8 @@ def prepare(args: argparse.Namespace, method: str) -> None:
 
 def run_folder(args: argparse.Namespace, method: str) -> Path:
     """--out, or runs/<method>-<data>."""
-    return args.out or Path("runs", f"{method}-{args.data.rstrip('/').rsplit('/', 1)[-1]}")
+    data = re.sub("[^A-Za-z0-9_.+-]+", "-", args.data).strip("-")
+    return args.out or Path("runs", f"{method}-{data}")
 
 
 def present(names: list[str], root: str) -> list[str]:
@@ -94,14 +105,20 @@ def present(names: list[str], root: str) -> list[str]:
     return found
 
 
-def save_args(args: argparse.Namespace, folder: Path, **extra) -> dict:
-    """Write args.json (flags, versions, commit, device); return the flags as plain values."""
+def plain_flags(args: argparse.Namespace) -> dict:
+    """The flags as plain values, for checkpoints and args.json."""
     plain = (int, float, str, list, tuple, type(None))
-    flags = {key: value if isinstance(value, plain) else str(value)
-             for key, value in vars(args).items() if key != "world"}
+    return {key: value if isinstance(value, plain) else str(value)
+            for key, value in vars(args).items() if key != "world"}
+
+
+def save_args(flags: dict, args: argparse.Namespace, folder: Path) -> None:
+    """Write args.json: flags, versions, commit, device, digest of a local backbone file."""
     if args.world.main:
-        save_json(folder / "args.json", {"flags": flags, **extra, **runtime.environment()})
-    return flags
+        file = args.backbone_weights
+        digest = runtime.sha256(file) if file and Path(file).is_file() else None
+        save_json(folder / "args.json",
+                  {"flags": flags, "backbone_sha256": digest, **runtime.environment()})
 
 
 def save(folder: Path, method: str, stage: int, epoch: int, flags: dict, net: nn.Module,
@@ -136,13 +153,13 @@ def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
     return saved["epoch"]
 
 
-def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[str]) -> dict:
-    """A finished checkpoint of `method`; the flags in `names`, and --size unless it was given,
-    are set as they were in its training."""
+def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[str],
+            free: Sequence[str]) -> dict:
+    """A finished checkpoint of `method`. The flags in `names`, and those in `free` that were not
+    given, are set as they were in its training."""
     saved = runtime.load_checkpoint(path, method)
-    for name in names:
+    for name in (*names, *(name for name in free if getattr(args, name) is None)):
         setattr(args, name, saved["args"][name])
-    args.size = args.size or saved["args"]["size"]
     return saved
 
 
@@ -219,9 +236,24 @@ def gallery(columns: list[str], args: argparse.Namespace) -> None:
     rows = []
     for sample in (dataset[i] for i in range(min(8, len(dataset)))):
         files = [folder / f"{sample['name']}.png" for folder in folders]
-        maps = [load_image(file)[:1] / 255 for file in files if file.exists()]
-        rows.append([sample["image"] / 255, *maps, sample["mask"] / 255])
-    runtime.picture_strip(args.out / "gallery.png", rows)
+        if all(file.exists() for file in files):
+            maps = [load_image(file)[:1] / 255 for file in files]
+            rows.append([sample["image"] / 255, *maps, sample["mask"] / 255])
+    if rows:
+        runtime.picture_strip(args.out / "gallery.png", rows)
+
+
+@torch.inference_mode()
+def mirror(forward: Forward, bank: Bank) -> float:
+    """Correlation between the maps of the first 64 photos and of the same photos mirrored.
+
+    Without masks it tells a map that follows the photo (near 1) from one that follows the place in
+    the picture (near 0), the way in which unsupervised training fails on small pictures.
+    """
+    index = torch.arange(min(64, len(bank))).split(8)
+    maps = [torch.cat([torch.sigmoid(forward(bank.images(i, torch.full((len(i),), flip))))
+                       for i in index]) for flip in (False, True)]
+    return torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].flip(3).flatten()]))[0, 1].item()
 
 
 class Watch:
@@ -257,7 +289,7 @@ class Watch:
 def predict(forward: Forward, args: argparse.Namespace) -> None:
     """Write <out>/predict/<stem>.png (8 bits, the photo's size) for a photo or a folder."""
     single = args.predict.is_file()
-    photos = Photo(args.predict) if single else open_set(args.predict, masks=False)
+    photos = Photo(args.predict) if single else open_set(args.predict, args.data_root, masks=False)
     folder = args.out / "predict"
     for samples, images in batches_of(photos, args, "predict"):
         for sample, logit in zip(samples, forward(images)):

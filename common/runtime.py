@@ -69,17 +69,16 @@ def parallel_map(function: Callable, items: Iterable) -> Iterator:
 
 # ---- Device, precision, randomness -----------------------------------------------------------
 def pick_device(name: str = "auto") -> tuple[torch.device, str]:
-    """(device, reason). `name`: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
+    """(device, reason). `name`: auto (CUDA, else CPU), cpu, cuda, cuda:1, mps (not tested)."""
     local = int(os.environ.get("LOCAL_RANK", 0))
+    torch.backends.cudnn.allow_tf32 = False  # losses are to be fp32, and the rest is bf16 anyway
     if name == "auto":
         if torch.cuda.is_available():
             device = torch.device("cuda", local)
             return device, f"{torch.cuda.get_device_name(device)} found"
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "no CUDA device, MPS found"
-        return torch.device("cpu"), f"no accelerator found, {torch.get_num_threads()} CPU threads"
+        return torch.device("cpu"), f"no CUDA device found, {torch.get_num_threads()} CPU threads"
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
@@ -186,7 +185,10 @@ def torch_load(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}, no dict")
+        return found
     except Exception as error:  # zip, pickle, and unicode errors of many kinds
         raise UserError(f"{path} is not a readable file of tensors "
                         f"({str(error).splitlines()[0][:80]}); fetch or make it again") from None

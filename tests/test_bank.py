@@ -55,12 +55,12 @@ def test_rectifying_equals_eq_14_by_hand_with_flips():
 
 def test_too_large_a_bank_is_a_file_with_the_same_numbers(tmp_path):
     bank, mapped = Bank(Ramps(), 4, CPU), Bank(Ramps(), 4, CPU, tmp_path, budget=100)
-    assert (tmp_path / "images.u8").stat().st_size == 6 * 3 * 4 * 4
+    assert (tmp_path / "images.0.u8").stat().st_size == 6 * 3 * 4 * 4
     index, flip = torch.arange(6), torch.arange(6) % 2 == 0
     assert torch.equal(bank.images(index, flip), mapped.images(index, flip))
     labels = MapBank(maps, 6, 4, CPU, tmp_path, budget=10)
     labels.write(index, flip, torch.ones(6, 1, 4, 4))
-    assert labels.pixels.min() == 255 and (tmp_path / "maps.u8").read_bytes() == b"\xff" * 96
+    assert labels.pixels.min() == 255 and (tmp_path / "maps.0.u8").read_bytes() == b"\xff" * 96
 
 
 def test_an_epoch_visits_each_sample_once_and_drops_the_last_incomplete_batch():
