@@ -317,7 +317,8 @@ def detector_loss(y: Tensor, g: Tensor) -> Tensor:
 # ---- Training ------------------------------------------------------------------------------------
 def make_net(stage: int, args: argparse.Namespace, weights: str | None) -> nn.Module:
     """The network of a stage, on the device; `weights` as for `backbone`."""
-    encoder = backbone(args.backbone, weights, args.pixels, args.bn == "stored", args.released)
+    encoder = backbone(args.backbone, weights, args.pixels, args.bn == "stored", args.released,
+                       args.borders)
     net = Detector(encoder, args.detector == "ram") if stage == 2 else ActivationNet(
         encoder, args.boundary, args.threshold, args.train_encoder, args.released)
     if hasattr(encoder, "fc"):
@@ -499,8 +500,9 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
         stage, args.released, state = int(args.stage or 2), True, from_released(saved)
         args.data = "MSRA-B"
     else:
-        names = ("backbone", "pixels", "released", "boundary", "threshold", "detector", "unary")
-        saved = harness.restore(path, "a2s", args, (*names, "data"), ("size", "sxy", "srgb"))
+        names = ("backbone", "pixels", "borders", "released", "boundary", "threshold", "detector",
+                 "unary", "data")
+        saved = harness.restore(path, "a2s", args, names, ("size", "sxy", "srgb"))
         stage, state = saved["stage"], saved["model"]
         args.out = args.out or path.parent.parent
     fill_defaults(args)

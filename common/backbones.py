@@ -171,18 +171,22 @@ BACKBONES = {
 
 
 def backbone(name: str, weights: str | None = None, pixels: str = "imagenet",
-             stored_stats: bool = False, keep_fc: bool = False) -> Pyramid:
+             stored_stats: bool = False, keep_fc: bool = False, borders: str = "zeros") -> Pyramid:
     """Build an encoder and load its weights.
 
     name: a key of `BACKBONES`. weights: a name of the table above, a local file, "none" for a
     random start, or None for the backbone's default. pixels, stored_stats: see the top of this
     file. keep_fc: keep a ResNet's classifier (the released A2S uses it; MoCo's file has none, so
-    there it stays random). Raises `UserError` for unknown names, missing files, and wrong keys.
+    there it stays random). borders: "replicate" makes the convolutions see the picture go on beyond
+    its border, not zeros. Raises `UserError` for unknown names, missing files, and wrong keys.
     """
     keep_fc = keep_fc and name.startswith("resnet")
     encoder = BACKBONES[name](keep_fc)
     encoder.set_pixels(pixels)
     encoder.stored_stats = stored_stats
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv2d) and borders != "zeros":
+            module.padding_mode = borders
     weights = weights or DEFAULT_WEIGHTS.get(name, "imagenet")
     if weights != "none":
         path = find_weights(name, weights)

@@ -47,6 +47,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                      help="moco800, moco200, imagenet, none, or a file")
     net.add_argument("--pixels", choices=PIXELS, default="imagenet",
                      help="how the backbone's weights want their pixels [imagenet]")
+    net.add_argument("--borders", choices=("zeros", "replicate"), default="zeros",
+                     help="what the backbone's convolutions see beyond the border [zeros]")
     train = parser.add_argument_group("optimisation")
     train.add_argument("--epochs", type=positive, help="total number of epochs, of each stage")
     train.add_argument("--batch-size", type=positive, help="over all processes")

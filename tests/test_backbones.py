@@ -37,6 +37,18 @@ def test_stored_statistics_do_not_move_and_batch_statistics_do():
         assert encoder.training and norm.training != stored
 
 
+@torch.no_grad()
+def test_replicated_borders_hide_the_border_of_a_flat_picture():
+    """A flat picture has one value per channel everywhere, unless zeros give the border away."""
+    for name in ("resnet18", "mobilenet_v2"):
+        for borders in ("zeros", "replicate"):
+            torch.manual_seed(0)
+            encoder = backbone(name, "none", borders=borders).eval()
+            deep = encoder(torch.full((1, 3, 96, 96), 0.7))[2]
+            spread = (deep.amax((2, 3)) - deep.amin((2, 3))).max() / deep.abs().max()
+            assert (spread < 1e-4) == (borders == "replicate")
+
+
 def save(tmp_path, state):
     torch.save(state, tmp_path / "w.pth")
     return str(tmp_path / "w.pth")
