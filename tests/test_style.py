@@ -50,7 +50,8 @@ def test_public_functions_and_classes_have_docstrings(path):
 
 def test_importing_has_no_side_effects(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import a2s"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
