@@ -378,6 +378,7 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
     world, total, steps = args.world, torch.zeros((), device=args.device), 0
     order, batch = epoch_order(len(bank), args.batch_size, args.seed, epoch, world)
     flips = "once" if args.released and stage == 2 else "anew"           # D6
+    rectifying = stage == 2 and args.rectify != "off" and epoch > 2      # lambda is 1 before
     pixels = generator(args.device, args.seed, "drop", epoch)
     for index, flip in progress(batches(order, batch, args.seed, epoch, world, flips),
                                 f"stage {stage} epoch {epoch}", len(order) // batch):
@@ -394,7 +395,7 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if stage == 2 and args.rectify != "off" and epoch > 2:           # lambda is 1 before
+        if rectifying:
             y = torch.sigmoid(out.detach().float())
             if args.rectify == "hma":                                    # D11
                 y = dense_crf(image * 255, y, sxy=80 * args.size / 320)
@@ -402,7 +403,7 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
         total, steps = total + loss.detach(), steps + 1
         if args.dry_run and steps == 2:
             break
-    if stage == 2 and args.rectify != "off" and epoch > 2:
+    if rectifying:
         labels.share(order[:steps * batch], batch, world)
     return sum(world.gather(float(total) / steps)) / world.size, steps * batch
 
