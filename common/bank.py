@@ -5,6 +5,7 @@
     for index, flip in batches(order, batch, seed, epoch):
         image = bank.images(index, flip)               # float [8, 3, 320, 320] in [0, 1]
 
+With parts=("image", "mask") the bank holds masks too, and `bank.masks(index, flip)` reads them.
 `MapBank` holds one map per image (a pseudo label) and can be written to: a map that was read
 flipped is written back un-flipped, so labels stay aligned with their photo whatever the flips.
 
@@ -55,22 +56,45 @@ def unit(pixels: torch.Tensor, flip: torch.Tensor, device: torch.device) -> torc
 
 
 class Bank:
-    """The images of a data set at size x size."""
+    """The images of a data set at size x size and, if `parts` names them, masks and modalities.
+
+    A sample without a part (photos in a joint set lack a modality) has zeros, and False in `has`.
+    """
+    CHANNELS = {"image": 3, "mask": 1, "modality": 3}
 
     def __init__(self, dataset: Dataset, size: int, device: torch.device, folder: Path = Path("."),
-                 budget: int | None = None):
-        self.device, self.names = device, dataset.names
-        shape = (len(dataset), 3, size, size)
-        self.pixels = storage(shape, device, Path(folder, "images.u8"), budget)
-        fill(self.pixels, lambda i: dataset[i]["image"], f"decode {dataset.title}")
+                 budget: int | None = None, parts: tuple[str, ...] = ("image",)):
+        self.device, self.names, count = device, dataset.names, len(dataset)
+        self.pixels = {part: storage((count, self.CHANNELS[part], size, size), device,
+                                     Path(folder, f"{part}s.u8"), budget) for part in parts}
+        self.has = {part: torch.ones(count, dtype=torch.bool) for part in parts}
+
+        def load(i: int) -> list[torch.Tensor | None]:
+            sample = dataset[i]
+            return [resize(sample[part], size) for part in parts]
+        samples = parallel_map(load, range(count))
+        for i, sample in enumerate(progress(samples, f"decode {dataset.title}", count)):
+            for part, pixels in zip(parts, sample):
+                self.has[part][i] = pixels is not None
+                self.pixels[part][i] = 0 if pixels is None else pixels
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.names)
+
+    def read(self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None
+             ) -> torch.Tensor:
+        """index [B] (CPU), flip bool [B] -> float [B, C, size, size] in [0, 1] on the device."""
+        flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
+        pixels = self.pixels[part]
+        return unit(pixels[index.to(pixels.device)], flip, self.device)
 
     def images(self, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
-        """index [B] (CPU), flip bool [B] -> float [B, 3, size, size] in [0, 1] on the device."""
-        flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
-        return unit(self.pixels[index.to(self.pixels.device)], flip, self.device)
+        """`read` the images: [B, 3, size, size]."""
+        return self.read("image", index, flip)
+
+    def masks(self, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+        """`read` the masks: [B, 1, size, size], grey where the resized mask has an edge."""
+        return self.read("mask", index, flip)
 
 
 class MapBank:
@@ -83,7 +107,9 @@ class MapBank:
                  device: torch.device, folder: Path = Path("."), budget: int | None = None):
         self.device = device
         self.pixels = storage((count, 1, size, size), device, Path(folder, "maps.u8"), budget)
-        fill(self.pixels, load, "read labels")
+        maps = parallel_map(lambda i: resize(load(i), size), range(count))
+        for i, label in enumerate(progress(maps, "read labels", count)):
+            self.pixels[i] = label
 
     def read(self, index: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
         """index [B], flip [B] -> float [B, 1, size, size] in [0, 1], mirrored where `flip`."""
@@ -108,12 +134,9 @@ class MapBank:
             self.pixels[rows[0]:rows[-1] + 1] = part.to(self.pixels.device)
 
 
-def fill(pixels: torch.Tensor, load: Callable[[int], torch.Tensor], text: str) -> None:
-    """Decode with all cores: pixels[i] = load(i), resized."""
-    def one(i: int) -> torch.Tensor:
-        return TF.resize(load(i), list(pixels.shape[2:]), antialias=True)
-    for i, image in enumerate(progress(parallel_map(one, range(len(pixels))), text, len(pixels))):
-        pixels[i] = image
+def resize(pixels: torch.Tensor | None, size: int) -> torch.Tensor | None:
+    """uint8 [C, H, W] -> [C, size, size]; None stays None."""
+    return None if pixels is None else TF.resize(pixels, [size, size], antialias=True)
 
 
 def epoch_order(count: int, batch: int, seed: int, epoch: int,

@@ -119,3 +119,21 @@ def test_sharing_keeps_own_maps_and_takes_the_others(rank, monkeypatch):
     monkeypatch.setattr("common.bank.dist.all_reduce", all_reduce)
     bank.share(order, 4, World(rank, 2))
     assert wires.calls and bank.pixels[:, 0, 0, 0].tolist() == [0, 10, 102, 102, 51, 51]
+
+
+class Scenes(Ramps):
+    """Ramps with masks; every second one has a modality."""
+
+    def __getitem__(self, i):
+        image = super().__getitem__(i)["image"]
+        return {"image": image, "mask": maps(i), "modality": image // 2 if i % 2 else None}
+
+
+def test_masks_and_modalities_follow_their_image_through_the_flip():
+    bank = Bank(Scenes(), 4, CPU, parts=("image", "mask", "modality"))
+    index, flip = torch.tensor([3, 2]), torch.tensor([True, False])
+    assert (bank.masks(index, flip)[:, 0, 0] * 255).round().tolist() == [[33, 32, 31, 30],
+                                                                        [20, 21, 22, 23]]
+    modality = (bank.read("modality", index, flip)[:, 0, 0] * 255).round().tolist()
+    assert modality == [[61, 61, 60, 60], [0, 0, 0, 0]]
+    assert bank.has["modality"].tolist() == [False, True] * 3 and bank.has["mask"].all()
