@@ -31,7 +31,7 @@ matrices, exact. A is a Gaussian of the place times one of the colour, each with
 
     A v  =  sum_r phi_r * W C W' (phi_r * v)        three sparse products, see `appearance`
 
-The mean error against the exact sums in float64 is 0.0003 to 0.0006 on photos, a fifth of that of
+The mean error against the exact sums in float64 is 0.0005 to 0.0009 on photos, a fifth of that of
 pydensecrf or less, at about its speed on one core (tests/benchmarks/bench_crf.py measures both).
 Time and memory grow with height * width / sxy² per pixel: scale sxy with the photo (`photo_sxy`).
 """
@@ -53,8 +53,13 @@ from common.metrics import find_images, to_uint8
 from common.runtime import UserError, cli, pick_device, progress, save_png
 
 FAINT = 0.045   # functions of the place weaker than this share of the strongest are left out
-SPACING = 0.85  # of the colour grid, in units of srgb
-REACH = 3.5     # grid colours farther apart than so many standard deviations exchange nothing
+REACH = 3.35    # grid colours farther apart than so many standard deviations exchange nothing
+
+
+def spacing(srgb: float) -> float:
+    """Of the colour grid, in units of srgb. A finer grid is more accurate; with a small srgb it
+    costs time, as a photo then uses thousands of its colours."""
+    return 0.78 if srgb >= 8 else 0.9
 
 
 # ---- Factors of the kernels ------------------------------------------------------------------
@@ -107,7 +112,8 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     share [B, H, W, 4]; exchange, sparse [V, V].
     """
     batch, device = len(image), image.device
-    colour = image.permute(0, 2, 3, 1).float() / (srgb * SPACING)  # [B, H, W, 3]
+    step = spacing(srgb)
+    colour = image.permute(0, 2, 3, 1).float() / (srgb * step)  # [B, H, W, 3]
     low = colour.floor()
     # The colour lies in the grid's cube from `low` to low + 1. Walk along edges from one to the
     # other, first in the channel with the largest fraction, last in that with the smallest. The 4
@@ -116,8 +122,8 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     fraction, channel = (colour - low).sort(-1, descending=True)
     share = -torch.diff(F.pad(F.pad(fraction, (1, 0), value=1.0), (0, 1)))  # [B, H, W, 4]
     # Number all colours of the grid, with a margin for neighbours; a table keeps those in use.
-    radius = math.ceil(REACH / SPACING)
-    side = int(255 / (srgb * SPACING)) + 2 + 2 * radius
+    radius = math.ceil(REACH / step)
+    side = int(255 / (srgb * step)) + 2 + 2 * radius
     axis = torch.tensor([side * side, side, 1], device=device)
     first = torch.arange(batch, device=device).view(-1, 1, 1) * side ** 3
     corner = ((low.long() + radius) * axis).sum(-1) + first  # [B, H, W]
@@ -130,11 +136,11 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     # Sending and reading blur colours a little: each adds, in grid units, the mean covariance of
     # the corners, (I + 11') / 12. So the exchange is narrower by twice that, and C between W and W'
     # has just the covariance that is wanted; without this the error is many times larger.
-    inverse = (torch.eye(3) / SPACING ** 2 - (torch.eye(3) + 1) / 6).inverse()
+    inverse = (torch.eye(3) / step ** 2 - (torch.eye(3) + 1) / 6).inverse()
     offset = torch.cartesian_prod(*[torch.arange(-radius, radius + 1)] * 3)
     distance = (offset.float() @ inverse * offset).sum(1)
     near = distance < REACH ** 2
-    value = torch.exp(-0.5 * distance[near]) * inverse.det().sqrt() / SPACING ** 3  # [O]
+    value = torch.exp(-0.5 * distance[near]) * inverse.det().sqrt() / step ** 3  # [O]
     neighbour = table.take(used[:, None] + offset[near].to(device) @ axis)  # [V, O]
     there = neighbour >= 0
     exchange = csr(F.pad(there.sum(1).cumsum(0), (1, 0)), neighbour.masked_select(there),

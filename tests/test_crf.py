@@ -104,7 +104,7 @@ def test_grid_shares_interpolate_the_colour():
     image[..., 0, 0], image[..., 0, 1] = 0, 255
     vertex, share, exchange = crf.colour_grid(image.byte(), 13.0)
     assert vertex.unique().numel() == len(exchange) == int(vertex.max()) + 1
-    axis = image.permute(0, 2, 3, 1).double() / (13 * crf.SPACING)
+    axis = image.permute(0, 2, 3, 1).double() / (13 * crf.spacing(13))
     linear = (axis * torch.tensor([1.0, 2, 5])).sum(-1)
     grid = torch.full((len(exchange),), torch.nan, dtype=torch.float64)
     low, order = axis.floor(), (axis - axis.floor()).argsort(-1, descending=True)

@@ -1,4 +1,4 @@
-"""Dense CRF: time against pydensecrf in turns, accuracy, and images per second on CUDA.
+"""Dense CRF: time against pydensecrf in turns, accuracy, other sparse products, speed on CUDA.
 
     python tests/benchmarks/bench_crf.py [--images FOLDER] [--rounds 7]
 
@@ -6,6 +6,7 @@ Time: 320 x 320, 10 iterations, building the filters included. Each round runs b
 turn, so that a busy machine slows both, and the table shows the median of the ratios. pydensecrf
 uses one thread in any case. Without it the other program is the exact sum, at the size of the
 reference images, as it is slow. Two threads mean nothing unless two cores are idle.
+The sparse products W v and W' v of common/crf.py are timed beside other ways to write them.
 Images: photos from a folder, else those of tests/reference/crf.npz, enlarged.
 """
 import argparse
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from common.crf import dense_crf, gaussian, hard_unary  # noqa: E402
+from common.crf import (  # noqa: E402
+    Pixels, colour_grid, dense_crf, gaussian, hard_unary, space_functions)
 from common.datasets import load_image  # noqa: E402
 from common.metrics import find_images  # noqa: E402
 
@@ -114,6 +116,41 @@ def accuracy():
             print(f"{name} {k:<12}{error:>13.5f}{data[f'pydensecrf_error_{name}{k}']:12.5f}")
 
 
+def time_products(cases, device):
+    """W v and W' v with r functions of the place, milliseconds per photo: CSR and its rivals."""
+    image = cases[0][0].to(device)
+    print(f"\n{f'on {device}, ms':16}" + "".join(f"{name:>15}" for name in (
+        "W csr", "embedding_bag", "gather", "W' csr", "index_add", "segment_reduce")))
+    for name, (sxy, srgb) in SETTINGS.items():
+        vertex, share, exchange = colour_grid(image, srgb)
+        fy, fx = (f.to(device) for f in space_functions(*image.shape[2:], sxy))
+        pixels = Pixels(vertex, share, len(exchange), fy, fx, 1, fy.shape[1])
+        phi, at, weight = pixels.phi(0), pixels.vertex, pixels.share[..., None]  # at [n, 4]
+        table = pixels.send @ phi  # [V, r]
+        ends, entry = pixels.send.crow_indices().long(), at.view(-1).argsort(stable=True)
+
+        def index_add():
+            return torch.zeros_like(table).index_add_(0, at.view(-1), (phi[:, None] * weight)
+                                                      .flatten(0, 1))
+
+        def segment_reduce():
+            sent = phi[entry // 4] * weight.flatten()[entry, None]
+            return torch.segment_reduce(sent, "sum", offsets=ends)
+        ways = [lambda: pixels.read @ table,
+                lambda: F.embedding_bag(at, table, per_sample_weights=pixels.share, mode="sum"),
+                lambda: (table[at] * weight).sum(1),
+                lambda: pixels.send @ phi, index_add, segment_reduce]
+        for way in ways:
+            assert torch.allclose(way(), ways[ways.index(way) // 3 * 3](), atol=1e-3)
+
+        def timed(way):
+            way()
+            if image.is_cuda:
+                torch.cuda.synchronize()
+        spent = [1000 * statistics.median(seconds(timed, way) for _ in range(9)) for way in ways]
+        print(f"{name:16}" + "".join(f"{ms:15.2f}" for ms in spent))
+
+
 def time_cuda(cases):
     print(f"\n{'CUDA, images/s':16}" + "".join(f"{f'batch {b}':>10}" for b in (1, 8, 32)))
     for name, settings in SETTINGS.items():
@@ -140,4 +177,8 @@ if __name__ == "__main__":
     print(f"other: {'pydensecrf' if pydensecrf else 'the exact sums, float32'}")
     time_cpu(load_cases(options.images, edge), rival, options.rounds)
     accuracy()
+    torch.set_num_threads(1)
+    time_products(load_cases(options.images, 320), torch.device("cpu"))
+    if torch.cuda.is_available():
+        time_products(load_cases(options.images, 320), torch.device("cuda"))
     time_cuda(load_cases(options.images, 320))

@@ -135,6 +135,9 @@ def run(pred: Path, gt: Path, images: int, rounds: int) -> None:
         row("all, in memory", *interleaved(both, pairs, rounds))
         read = [lambda p, g, f=f: f(np.array(load_grey(p)), np.array(load_grey(g))) for f in both]
         row("all, from files", *interleaved(read, files, rounds))
+        both = [lambda p, g: other(p, g, quick), lambda p, g: ours(p, g, False)]
+        read = [lambda p, g, f=f: f(np.array(load_grey(p)), np.array(load_grey(g))) for f in both]
+        row("all but wF, from files", *interleaved(read, files, rounds))
     metrics = Metrics(wf=False)
     for p, g in pairs:
         metrics.add(torch.from_numpy(p), torch.from_numpy(g > 128))
