@@ -13,7 +13,8 @@
     tiny          five levels, defined here                    32 48 96 160 256      shapes
 
 The image is normalised inside, since the weights decide how: `pixels` is "imagenet" (mean and
-standard deviation of ImageNet), "symmetric" ([-1, 1]), or "unit" ([0, 1] as it is).
+standard deviation of ImageNet), "f3net" (those that F3Net and its
+heirs use), "symmetric" ([-1, 1]), or "unit" ([0, 1] as it is).
 
 BatchNorm: `stored_stats=True` keeps the statistics that came with the weights, also while training;
 False is torch's usual behaviour (batch statistics in training mode, running averages updated).
@@ -33,6 +34,8 @@ from common.runtime import UserError, load_state, sha256, torch_load
 
 PIXELS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
           "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+          "f3net": ((124.55 / 255, 118.90 / 255, 102.94 / 255),
+                    (56.77 / 255, 55.97 / 255, 57.50 / 255)),
           "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
@@ -96,8 +99,10 @@ class ResNet(Pyramid, torchvision.models.ResNet):
 
 
 class VGG16(Pyramid):
-    """torchvision's VGG-16 features, tapped after each max-pooling."""
+    """torchvision's VGG-16 features, tapped after each max-pooling, or before it: then at strides
+    1, 2, 4, 8, 16."""
     channels = (64, 128, 256, 512, 512)
+    before_pooling = False
 
     def __init__(self):
         super().__init__()
@@ -107,9 +112,9 @@ class VGG16(Pyramid):
         """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
         x, taps = self.normalise(image), []
         for layer in self.features:
-            x = layer(x)
+            before, x = x, layer(x)
             if isinstance(layer, nn.MaxPool2d):
-                taps.append(x)
+                taps.append(before if self.before_pooling else x)
         return taps
 
 

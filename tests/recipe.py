@@ -32,6 +32,8 @@ def weights(key: str, shape: list[int], he: tuple[str, ...] = ()) -> torch.Tenso
         return torch.zeros(shape, dtype=torch.int64)
     if key.endswith("running_var"):
         value = 1 + 0.5 * u
+    elif key.endswith("gamma"):                       # the scalars of CLASS's attention
+        value = np.full(count, 0.5)
     elif key.endswith(("running_mean", "bias")):
         value = 0.1 * v
     elif len(shape) == 1:
