@@ -67,7 +67,7 @@ from common.runtime import UserError, autocast, generator, progress
 
 PAPER = {"epochs": 100, "lr": 0.05, "batch_size": 32, "size": 352, "backbone": "resnet50",
          "backbone_weights": "imagenet"}
-SHAPES = {"epochs": 12, "lr": 0.05, "batch_size": 8, "size": 160, "backbone": "tiny",
+SHAPES = {"epochs": 7, "lr": 0.05, "batch_size": 8, "size": 160, "backbone": "tiny",
           "backbone_weights": "shapes"}
 PAPER_SETS = ["ECSSD", "DUTS-TE", "DUT-OMRON", "PASCAL-S", "HKU-IS"]  # Table 1
 SCALES = (7, 8, 9, 10, 11)  # elevenths of --size: 224, 256, 288, 320, 352 at 352

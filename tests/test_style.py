@@ -48,8 +48,9 @@ def test_public_functions_and_classes_have_docstrings(path):
             assert ast.get_docstring(node), node.name
 
 
-def test_importing_has_no_side_effects(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import a2s"
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_importing_has_no_side_effects(tmp_path, path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {path.stem}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                           text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
