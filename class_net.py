@@ -9,10 +9,10 @@ deep channels that it agrees with, so that an object of many colours stays whole
 fuses both at three levels. The masks supervise pixels (cross entropy), regions (mean and spread in
 a sliding window) and the object (F-measure) at four depths.
 
-    image -> encoder -> E5 -> bridge -> F_h --------+-----------+-----------+--> D5 --> loss / 8
-                        E4 -> bridge -> F_4 -> CLA -> FFM -> D4 |           |        -> loss / 4
-                        E3 -> bridge -> F_3 ------------> CLA -> FFM -> D3  |        -> loss / 2
-                        E2 -> bridge -> F_2 ------------------------> CLA -> FFM -> D2 -> loss, map
+    image -> encoder -> E5 -> bridge -> F_h, and D5                                  -> loss / 8
+                        E4 -> bridge -> F_4 -> CLA with F_h -> FFM with D5 -> D4     -> loss / 4
+                        E3 -> bridge -> F_3 -> CLA with F_h -> FFM with D4 -> D3     -> loss / 2
+                        E2 -> bridge -> F_2 -> CLA with F_h -> FFM with D3 -> D2     -> loss, map
 
 Usage
     python class_net.py                                     # built-in shapes, no download, minutes
@@ -48,6 +48,7 @@ Ours in both cases:
  D11 VGG-16 was never released: its taps are the poolings (--vgg-taps conv: the layers before).
  D12 without FFM (Table 2) its three inputs are added.
  D13 at prediction logits, not maps, are resized to the photo.
+ D14 with several processes BatchNorm sees the samples of its own process.
 
 Shapes: B batch, H W input size, h w feature size, N = h w. Images are in [0, 1].
 """
@@ -226,6 +227,7 @@ class CLASSNet(nn.Module):
         maps = list(self.encoder(image))[1:]                             # E2 ... E5
         maps[3] = maps[3] + maps[3].mean((2, 3), keepdim=True)
         f = {level: self.squeeze[level](x) for level, x in zip("2345", maps)}
+        # one F_h for all levels, "5", or one for each of them (D4)
         high = {level: bridge(f["5"]) for level, bridge in self.bridge_high.items()}
         d = {"5": self.refine["5"](f["5"])}
         for level, above in ("4", "5"), ("3", "4"), ("2", "3"):
@@ -287,12 +289,10 @@ def supervise(logits: list[Tensor], g: Tensor, losses: list[str],
     """Eqs. 14 and 15: (the loss, its terms for D2 in the order of `losses`, without gradient)."""
     functions = {"pixel": pixel_loss, "object": object_loss,
                  "region": released_region_loss if region == "released" else region_loss}
-    total = 0.0
-    for level, logit in enumerate(logits):
-        terms = torch.stack([functions[name](logit.float(), g) for name in losses])
-        total = total + terms.sum() / 2 ** level
-        first = terms.detach() if level == 0 else first
-    return total, first
+    terms = torch.stack([torch.stack([functions[name](logit.float(), g) for name in losses])
+                         for logit in logits])                           # [K, terms]
+    weights = 0.5 ** torch.arange(len(logits), device=g.device)          # 1, 1/2, 1/4, 1/8
+    return weights @ terms.sum(1), terms[0].detach()
 
 
 # ---- Training ------------------------------------------------------------------------------------
