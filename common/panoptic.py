@@ -16,6 +16,7 @@ A PNG spells the id of a pixel's segment as its colour: id = R + 256 G + 65536 B
 segment. Photos that are not there are left out, so a part of COCO will do.
 """
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -72,8 +73,8 @@ class Panoptic(Dataset):
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         self.rows = [row for row in rows if row.photo in there]
         if not self.rows:
-            raise MissingSet(f"none of the {len(rows)} photos of {self.json} are in {folder}; unpack "
-                             f"{split}.zip there, see data/README.md")
+            raise MissingSet(f"none of the {len(rows)} photos of {self.json} are in {folder}; "
+                             f"unpack {split}.zip there, see data/README.md")
         if only is not None:
             wanted = set(only)
             self.rows = [row for row in self.rows if Path(row.photo).stem in wanted]
@@ -127,8 +128,8 @@ class Panoptic(Dataset):
         if len(strange) or len(absent):
             ids = [str(id) for id in (*strange, *known[absent])]
             where = "the picture" if len(strange) else self.json.name
-            raise UserError(f"{path} does not belong to {self.json.name}: id {some(ids)} in {where} "
-                            "only; fetch the panoptic annotations again")
+            raise UserError(f"{path} does not belong to {self.json.name}: id {some(ids)} in "
+                            f"{where} only; fetch the panoptic annotations again")
         return labels
 
     def mask(self, i: int, chosen: Iterable[int]) -> np.ndarray:
@@ -140,8 +141,8 @@ class Panoptic(Dataset):
     def __getitem__(self, i: int) -> dict:
         image, labels = load_image(self.photo(i)), self.labels(i)
         if image.shape[1:] != labels.shape:
-            raise UserError(f"{self.photo(i)} is {image.shape[2]} x {image.shape[1]} pixels, but its "
-                            f"segments are {labels.shape[1]} x {labels.shape[0]}; fetch it again")
+            raise UserError(f"{self.photo(i)} is {image.shape[2]} x {image.shape[1]} pixels, but "
+                            f"its PNG is {labels.shape[1]} x {labels.shape[0]}; fetch it again")
         return {"image": image, "mask": None, "modality": None, "caption": None, "labels": labels,
                 "name": self.names[i], "size": self.size(i), "segments": self.segments(i)}
 
@@ -161,7 +162,8 @@ def read_annotations(path: Path) -> tuple[dict[int, tuple[str, bool]], list[Row]
                   for image in content["images"]}
         rows = [Row(*photos[a["image_id"]], a["file_name"], a["segments_info"])
                 for a in content["annotations"]]
-        outside = [name for row in rows for name in (row.photo, row.png) if Path(name).name != name]
+        outside = [name for row in rows for name in (row.photo, row.png)
+                   if re.search(r"[/\\]|^\.*$", name)]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} does not hold panoptic annotations ({error!r}); fetch it again"
                         ) from None

@@ -12,10 +12,10 @@ makes such masks, by hand in a small page or by a vote of the captions:
     python -m data.panoptic_shapes DIR            a tiny set to try it on: add --data-root DIR
     python sdg_sod.py --stage sod --data COCO-SOD     train on whatever is labelled
 
-    <data root>/COCO/                             as COCO's archives come, see common/panoptic.py
-    <data root>/COCO/sod/choices/<split>/<stem>.json      chosen ids, and who chose: hand or vote
-    <data root>/COCO/sod/masks/<split>/<stem>.png         their union, 0 or 255
-    <data root>/COCO/sod/vote-<split>.jsonl, .png         reasons, and random results to judge by eye
+    <data root>/COCO/                       as COCO's archives come, see common/panoptic.py
+    .../COCO/sod/choices/<split>/<stem>.json        chosen ids, and who chose: hand or vote
+    .../COCO/sod/masks/<split>/<stem>.png           their union, 0 or 255
+    .../COCO/sod/vote-<split>.jsonl, .png           reasons; random results to judge by eye
 
 The choices are the truth and the masks follow: a mask that is older than its choice, or missing, is
 made again at the next start, so files may be edited, copied, or lost in a power cut.
@@ -258,8 +258,8 @@ def mean_saliency(scenes: Panoptic, i: int, maps: Path) -> list[float]:
     labels, path = scenes.labels(i).astype(np.int64).ravel(), maps / f"{scenes.names[i]}.png"
     saliency = np.asarray(load_grey(path), np.float64)
     if saliency.shape != scenes.size(i):
-        raise UserError(f"{path} is {saliency.shape[1]} x {saliency.shape[0]} pixels, but its photo "
-                        "is not; maps are wanted as --predict writes them")
+        raise UserError(f"{path} is {saliency.shape[1]} x {saliency.shape[0]} pixels, but its "
+                        "photo is not; maps are wanted as --predict writes them")
     totals = np.bincount(labels, saliency.ravel())
     return (totals / np.maximum(np.bincount(labels), 1) / 255)[1:].tolist()
 
@@ -288,18 +288,37 @@ def run_vote(choices: Choices, maps: Path | None, seed: int) -> None:
 
     records = list(progress(parallel_map(vote, range(len(scenes))), "vote", len(scenes)))
     log = scenes.root / "sod" / f"vote-{scenes.split}.jsonl"
+    known = scenes.root / "annotations" / f"salient_{scenes.split}.json"
     lines = "".join(json.dumps(record) + "\n" for record in records)
     write_atomic(log, lambda part: part.write_text(lines))
     for what, items in (("images", records),
                         ("segments", [s for record in records for s in record["segments"]])):
         counts = Counter(item["verdict"] for item in items).most_common()
         print(f"{what}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts))
+    if known.is_file():
+        print(compare(choices, json.loads(known.read_text())))
     kept = [i for i, record in enumerate(records) if record["verdict"] == "kept"]
     if kept:
         order = torch.randperm(len(kept), generator=generator("cpu", seed, "contact sheet"))
         contact_sheet(choices, [kept[k] for k in order[:24]], log.with_suffix(".png"))
     print(f"reasons: {log}" + f"; {min(len(kept), 24)} random results: {log.with_suffix('.png')}"
           * bool(kept))
+
+
+def compare(choices: Choices, known: dict[str, list[int]]) -> str:
+    """Precision and recall of the vote against the known salient segments {stem: ids}."""
+    sums = np.zeros((3, 2))  # chosen, known, both; counted as segments, as pixels
+    for i, name in enumerate(choices.scenes.names):
+        choice = choices.get(i)
+        if choice["by"] == "hand":
+            continue
+        chosen, right = set(choice["chosen"]), set(known[name])
+        for segment in choices.scenes.segments(i):
+            hits = segment.id in chosen, segment.id in right, segment.id in chosen & right
+            sums += np.outer(hits, (1, segment.area))
+    (p1, p2), (r1, r2) = sums[2] / np.maximum(sums[:2], 1)
+    return (f"against the known salient objects: precision {p1:.3f}, recall {r1:.3f} of objects; "
+            f"precision {p2:.3f}, recall {r2:.3f} of pixels")
 
 
 def contact_sheet(choices: Choices, indices: list[int], path: Path) -> None:
@@ -380,7 +399,7 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             status, text = refusal.args
             kind, body = "application/json", {"error": text}
-        except UserError as error:  # a broken file: the page shows the sentence
+        except (UserError, OSError) as error:  # a broken file: the page shows the sentence
             status, kind, body = 500, "application/json", {"error": str(error)}
         body = json.dumps(body).encode() if isinstance(body, dict) else body
         self.close_connection |= status != 200  # there may be an unread body
