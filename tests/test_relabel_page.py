@@ -233,7 +233,8 @@ def test_oversized_bodies_are_refused_unread(server):
 
 @pytest.mark.parametrize("data", [
     b"", b"\r\n\r\n", b"GET\r\n\r\n", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
-    b"\x00\xff\x16\x03", b"GET / HTTP/1.1 more\r\n\r\n", b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x80" * 70_000,
+    b"\x00\xff\x16\x03", b"GET / HTTP/1.1 more\r\n\r\n", b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\x80" * 70_000,
     b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost",
     b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n",
     b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
