@@ -42,7 +42,7 @@ def root(drawn, tmp_path) -> Path:
 @pytest.fixture
 def server(root) -> Iterator[Server]:
     with Server(Choices(Panoptic(root / "COCO", "train2017")), 0) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield server
         server.shutdown()
