@@ -18,7 +18,8 @@ makes such masks, by hand in a small page or by a vote of the captions:
     .../COCO/sod/vote-<split>.jsonl, .png           reasons; random results to judge by eye
 
 The choices are the truth and the masks follow: a mask that is older than its choice, or missing, is
-made again at the next start, so files may be edited, copied, or lost in a power cut.
+made again at the next start, so files may be edited, copied, or lost in a power cut. Only one
+program at a time should work on a split.
 
 The caption vote stands in for annotators. Its rules are ours, the paper has no such thing:
  1 a category is mentioned if two captions or more hold a word for it (data/coco_words.txt);
@@ -153,7 +154,7 @@ def plural(phrase: str) -> str:
     return phrase + ("es" if re.search("(s|x|z|ch|sh)$", phrase) else "s")
 
 
-def read_words(scenes: Panoptic, path: Path = WORDS) -> dict[str, set[str]]:
+def read_words(scenes: Panoptic) -> dict[str, set[str]]:
     """{word or phrase: the categories that it mentions}, for rules 1 and 2.
 
     A line of the file wins over a plural made by rule, and "-" over both.
@@ -162,18 +163,19 @@ def read_words(scenes: Panoptic, path: Path = WORDS) -> dict[str, set[str]]:
     all_names = {name for name, _ in scenes.categories.values()}
     listed = [(name, name) for name in things]
     nothing = []
-    for line in path.read_text().splitlines():
+    for line in WORDS.read_text().splitlines():
         name, _, words = line.partition(": ")
         phrases = words.split(", ")
         if name == "-":
             nothing += phrases
         elif name in all_names:
             listed += [(phrase, name) for phrase in (name, *phrases)]
-    said, made = {}, dict.fromkeys(map(plural, nothing), set())
+    said, made, none = {}, {}, frozenset()
     for phrase, name in listed:
         said.setdefault(phrase, set()).add(name)
         made.setdefault(plural(phrase), set()).add(name)
-    return made | said | dict.fromkeys(nothing, set())
+    return (dict.fromkeys(map(plural, nothing), none) | made | said
+            | dict.fromkeys(nothing, none))
 
 
 def mentioned(caption: str, words: dict[str, set[str]]) -> set[str]:
@@ -286,6 +288,9 @@ def run_vote(choices: Choices, maps: Path | None, seed: int) -> None:
              "score": round(score(s, votes[s.category], size), 4), "verdict": verdict}
             for s, verdict in zip(segments, verdicts)]}
 
+    if not captions.keys() & set(scenes.names):
+        raise UserError(f"{scenes.root} holds no captions of {scenes.split}; unpack COCO's "
+                        f"captions_{scenes.split}.json into {scenes.root / 'annotations'}")
     records = list(progress(parallel_map(vote, range(len(scenes))), "vote", len(scenes)))
     log = scenes.root / "sod" / f"vote-{scenes.split}.jsonl"
     known = scenes.root / "annotations" / f"salient_{scenes.split}.json"

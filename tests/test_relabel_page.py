@@ -228,6 +228,8 @@ def test_oversized_bodies_are_refused_unread(server):
     assert raw(server, f"{head}\r\n".encode()).startswith(b"HTTP/1.1 411 ")
     chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n"
     assert raw(server, chunked.encode()).startswith(b"HTTP/1.1 411 ")
+    both = chunked.replace("\r\n\r\n2", "\r\nContent-Length: 2\r\n\r\n2", 1)
+    assert raw(server, both.encode()).startswith(b"HTTP/1.1 411 ")
     assert not server.choices.made and alive(server)
 
 
