@@ -80,7 +80,7 @@ class Choices:
         self.made = {name: self.read(name) for name in names}
         for name in names:  # the masks follow the choices
             if drawn.get(name, 0) < written[name] and (self.made[name]["chosen"] or name in drawn):
-                self.draw(name)
+                self.draw(name, self.mask(self.index[name], self.made[name]["chosen"]))
         by_hand = [name for name in names if self.made[name]["by"] == "hand"]
         last = max(by_hand, key=written.get, default=None)
         self.start = self.index.get(last, 0)  # where one stopped
@@ -90,11 +90,11 @@ class Choices:
         path = self.jsons / f"{name}.json"
         try:
             found = json.loads(path.read_bytes())
-            choice = {"chosen": self.known(self.index[name], found["chosen"]),
-                      "skipped": bool(found["skipped"]), "by": found["by"]}
-            if choice["by"] not in ("hand", "vote"):
+            if found["by"] not in ("hand", "vote"):
                 raise ValueError("by is neither hand nor vote")
-            return choice
+            chosen = self.known(self.index[name], found["chosen"])
+            return {"chosen": chosen, "skipped": bool(found["skipped"]) and not chosen,
+                    "by": found["by"]}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a choice of segments ({error}); correct or remove it"
                             ) from None
@@ -107,26 +107,30 @@ class Choices:
         return sorted(set(chosen))
 
     def save(self, i: int, chosen: list[int], skipped: bool = False, by: str = "hand") -> None:
-        """Store a choice. Nothing chosen and not skipped: as if it had never been made."""
-        name = self.scenes.names[i]
-        choice = {"chosen": self.known(i, chosen), "skipped": skipped, "by": by}
-        if choice["chosen"] or skipped:
+        """Store a choice. What is chosen is not skipped; neither: as if no choice had been made."""
+        name, chosen = self.scenes.names[i], self.known(i, chosen)
+        choice = {"chosen": chosen, "skipped": skipped and not chosen, "by": by}
+        if chosen or skipped:
+            mask = self.mask(i, chosen)  # first of all: a broken PNG leaves everything as it was
             save_json(self.jsons / f"{name}.json", choice)
             self.made[name] = choice
-            self.draw(name)
+            self.draw(name, mask)
             self.start = i
         else:  # the mask first: what a power cut leaves is as it was
-            (self.masks / f"{name}.png").unlink(missing_ok=True)
+            self.draw(name, None)
             (self.jsons / f"{name}.json").unlink(missing_ok=True)
             self.made.pop(name, None)
 
-    def draw(self, name: str) -> None:
-        """Write the mask of a choice, or remove it where nothing is chosen."""
-        path, chosen = self.masks / f"{name}.png", self.made[name]["chosen"]
-        if chosen:
-            save_png(path, self.scenes.mask(self.index[name], chosen))
+    def mask(self, i: int, chosen: list[int]) -> np.ndarray | None:
+        """The mask of a choice, uint8 [H, W]; None where nothing is chosen."""
+        return self.scenes.mask(i, chosen) if chosen else None
+
+    def draw(self, name: str, mask: np.ndarray | None) -> None:
+        """Write a mask, or remove the one that is there."""
+        if mask is None:
+            (self.masks / f"{name}.png").unlink(missing_ok=True)
         else:
-            path.unlink(missing_ok=True)
+            save_png(self.masks / f"{name}.png", mask)
 
     def get(self, i: int) -> dict:
         """The choice of image `i`; `by` is None where none was made."""

@@ -332,6 +332,8 @@ def test_choices_are_json_and_mask(root):
     assert mask.shape == choices.scenes.size(3)
     again = Choices(open_split(root))
     assert again.made == choices.made and again.start == 3 and again.counts()["hand"] == 1
+    again.save(3, ids, skipped=True)  # what is chosen is not skipped
+    assert again.counts()["hand"] == 1 and again.counts()["skipped"] == 0
     again.save(3, [])  # cleared: as if it had never been made
     assert mask_of(root, name) is None and not Choices(open_split(root)).made
     with pytest.raises(ValueError):

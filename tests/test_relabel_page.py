@@ -267,6 +267,7 @@ def test_a_broken_png_is_a_sentence_in_the_page(server, root):
     assert status == 500 and "000000000001.png" in json.loads(answer)["error"]
     choice = {"chosen": [server.choices.scenes.segments(0)[0].id], "skipped": False}
     assert ask(server, "/scene/0", choice)[0] == 500
+    assert not server.choices.made and not (root / "COCO/sod/choices").exists()
     (root / "COCO/train2017/000000000002.jpg").unlink()
     assert ask(server, "/photo/1")[0] == 500
     assert alive(server)
