@@ -86,7 +86,7 @@ def window(objects: list[dict], index: int) -> tuple[slice, slice]:
 
 def draw_scene(scenes: Shapes, index: int, seed: int) -> tuple[np.ndarray, list, list[str]]:
     """Photo uint8 [H, W, 3]; layers (category, crowd, salient, mask [H, W]); five captions."""
-    rng = np.random.default_rng((seed, scenes.split == "train", index, 7))
+    rng = np.random.default_rng((seed, scenes.split == "train", index))
     sample, objects = scenes[index], scenes.objects(index)
     image, captions = sample["image"].numpy(), list(sample["caption"])
     rows, columns = window(objects, index)

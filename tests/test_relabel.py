@@ -400,11 +400,7 @@ def test_coco_sod_opens_what_is_labelled(root):
 
 
 def test_from_the_command_line(tmp_path):
-    def run(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, text=True,
-                              capture_output=True)
-    made = run("data.panoptic_shapes", str(tmp_path), "--count", "1")
-    assert made.returncode == 0 and f"--data-root {tmp_path}" in made.stdout
-    lost = run("data.relabel", "--data-root", str(tmp_path / "nowhere"))
+    lost = subprocess.run([sys.executable, "-m", "data.relabel", "--data-root", str(tmp_path)],
+                          cwd=ROOT, text=True, capture_output=True)
     assert (lost.returncode, lost.stdout) == (1, "") and lost.stderr.count("\n") == 1
     assert "panoptic_train2017.json" in lost.stderr
