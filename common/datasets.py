@@ -210,7 +210,8 @@ class Folder(Dataset):
         if sparse:
             names = names & files.get("mask", names)
         if not names:
-            raise UserError(f"no jpg, jpeg, png or bmp files{' with masks' * sparse} in {folder}")
+            raise UserError(f"no jpg, jpeg, png or bmp files{' with masks' * sparse} in {folder}"
+                            + "; data/README.md says where masks come from" * sparse)
         self.names, self.files = sorted(names), files
         self.title, self.modality = title, kinds[0] if kinds else None
         for need in needs:

@@ -66,6 +66,8 @@ REGISTRY = {
     "EORSSD": Entry("EORSSD", "EORSSD-TE EORSSD/test", (600,)),
     "COCO-captions": Entry("COCO", "COCO/train2017", (118287,), "caption"),
     "COCO-captions-val": Entry("COCO", "COCO/val2017", (5000,), "caption"),
+    "COCO-SOD": Entry("COCO", "COCO/train2017", sparse=True),
+    "COCO-SOD-val": Entry("COCO", "COCO/val2017", sparse=True),
     "Flickr8k": Entry("Flickr8k", "Flickr8k", (8091,), "caption"),
 }
 FAN, LI = "https://github.com/DengPingFan/", "https://chenglongli.cn/Datasets-and-benchmark-code/"
