@@ -9,10 +9,10 @@ deep channels that it agrees with, so that an object of many colours stays whole
 fuses both at three levels. The masks supervise pixels (cross entropy), regions (mean and spread in
 a sliding window) and the object (F-measure) at four depths.
 
-    image -> encoder -> E5 -> bridge -> F_h, and D5                                  -> loss / 8
-                        E4 -> bridge -> F_4 -> CLA with F_h -> FFM with D5 -> D4     -> loss / 4
-                        E3 -> bridge -> F_3 -> CLA with F_h -> FFM with D4 -> D3     -> loss / 2
-                        E2 -> bridge -> F_2 -> CLA with F_h -> FFM with D3 -> D2     -> loss, map
+    image -> encoder -> E_5 -> bridge -> F_h; two convolutions -> D_5                -> loss / 8
+                        E_4 -> bridge -> F_4 -> CLA with F_h -> FFM with D_5 -> D_4  -> loss / 4
+                        E_3 -> bridge -> F_3 -> CLA with F_h -> FFM with D_4 -> D_3  -> loss / 2
+                        E_2 -> bridge -> F_2 -> CLA with F_h -> FFM with D_3 -> D_2  -> loss, map
 
 Usage
     python class_net.py                                     # built-in shapes, no download, minutes
@@ -26,9 +26,10 @@ on ECSSD .933 / .928 / .033, on DUTS-TE .856 / .894 / .034. Ours at that size: n
 scale: README.
 
 Departures. The paper is the default. Its training code was never released; where the paper is
-silent the authors' network and loader are followed: E5 is added to its own mean before the bridge,
-two convolutions after every fusion module and before D5's head, one channel for the fusion
-module's weight map, and its residual. --released follows the authors' code also where it
+silent the authors' network, losses and loader are followed: E_5 is added to its own mean before
+the bridge, two convolutions after every fusion module and for D_5, one channel for the fusion
+module's weight map, and its residual; a Gaussian window of 11 x 11 pixels, sigma 1.5, zeros beyond
+the border, for regions; beta² = 0.3 in Eq. 12. --released follows the authors' code also where it
 contradicts the paper:
  D1 queries and keys keep all 64 channels; released: 8.
  D2 position attention puts what a cell found at that cell (Eq. 2); released: the matrix of cells
@@ -38,17 +39,20 @@ contradicts the paper:
  D5 both 3x3 convolutions of the fusion module have BatchNorm and ReLU; released: the first only.
  D6 the region loss is the mean of squared differences of mean and standard deviation (Eqs. 8, 9);
     released: a norm over all windows, of mean and variance, plus a blurred absolute error. It
-    grows with the picture and is hundreds of times larger.
+    grows with the picture and is hundreds to thousands of times larger: it may want a lower rate.
  D7 pictures are flipped and rescaled; released: cropped too.
  D8 pixels are normalised as ImageNet's weights want; released: by statistics of the photos.
 Ours in both cases:
- D9 any aspect; the released channel attention fails on pictures that are not square.
+ D9 the network takes any aspect; the released channel attention fails on pictures that are not
+    square. The command line warps every picture to a square, as the authors do.
  D10 what neither states is F3Net's recipe, whose numbers the paper shares: nesterov, the rate set
-    once per epoch, beta² = 0.3 in Eq. 12. D2 is the output with weight 1 in Eq. 15, D5 with 1/8.
+    once per epoch; but the stem is trained too. Of Eq. 15's outputs D_2 weighs 1, D_5 1/8. Crops
+    and scales are taken from the copy at --size.
  D11 VGG-16 was never released: its taps are the poolings (--vgg-taps conv: the layers before).
  D12 without FFM (Table 2) its three inputs are added.
  D13 at prediction logits, not maps, are resized to the photo.
- D14 with several processes BatchNorm sees the samples of its own process.
+ D14 with several processes BatchNorm sees the samples of its own process, and the statistics are
+    averaged after each epoch: results depend a little on the number of processes.
 
 Shapes: B batch, H W input size, h w feature size, N = h w. Images are in [0, 1].
 """
@@ -71,7 +75,7 @@ PAPER = {"epochs": 100, "lr": 0.05, "batch_size": 32, "size": 352, "backbone": "
 SHAPES = {"epochs": 7, "lr": 0.05, "batch_size": 8, "size": 160, "backbone": "tiny",
           "backbone_weights": "shapes"}
 PAPER_SETS = ["ECSSD", "DUTS-TE", "DUT-OMRON", "PASCAL-S", "HKU-IS"]  # Table 1
-SCALES = (7, 8, 9, 10, 11)  # elevenths of --size: 224, 256, 288, 320, 352 at 352
+SCALES = (7, 8, 9, 10, 11)  # elevenths of --size, to multiples of 8: 224, 256, 288, 320, 352
 WIDTH = 64                  # channels of every feature behind the bridge
 LOSSES = ("pixel", "region", "object")
 
@@ -85,11 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--released", action="store_true", help="the authors' code (D1 to D8)")
     method.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES),
                         help="terms of Eq. 14 [all]")
-    method.add_argument("--region", choices=("paper", "released"), help="form of Eq. 9, see D6")
+    method.add_argument("--region", choices=("paper", "released"),
+                        help="form of Eq. 9, see D6 [paper]")
     method.add_argument("--outputs", type=int, choices=(1, 4), default=4,
-                        help="supervised outputs, K of Eq. 15; 1 is D2 alone [4]")
+                        help="supervised outputs, K of Eq. 15; 1 is D_2 alone [4]")
     method.add_argument("--attention", nargs="*", choices=("position", "channel"),
-                        default=["position", "channel"], help="parts of CLA; none: no CLA [both]")
+                        default=["position", "channel"],
+                        help="parts of CLA; without a name no CLA [both]")
     method.add_argument("--fusion", choices=("ffm", "sum"), default="ffm", help="see D12 [ffm]")
     method.add_argument("--augment", nargs="*", choices=("flip", "scale", "crop"),
                         help="[flip scale; with --released: flip scale crop]")
@@ -99,20 +105,24 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--vgg-taps", choices=("pool", "conv"), default="pool",
                         help="see D11 [pool]")
     harness.add_flags(parser)
+    parser.set_defaults(pixels=None)
     return parser
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
     small = args.data.startswith("shapes")
+    if args.size is not None and args.size < 64:
+        raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 64")
     for name, value in (SHAPES if small else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.region = args.region or ("released" if args.released else "paper")
     if args.augment is None:
         args.augment = ["flip", "scale"] + ["crop"] * args.released         # D7
-    if args.released:
-        args.pixels = "f3net"                                              # D8
+    args.pixels = args.pixels or ("f3net" if args.released else "imagenet")  # D8
+    if args.vgg_taps == "conv" and args.backbone != "vgg16":
+        raise UserError(f"--vgg-taps conv is for vgg16; {args.backbone} has other taps")
     if args.eval is None and args.data == "DUTS-TR":
         args.eval = harness.present(PAPER_SETS, args.data_root)
     elif args.eval is None:
@@ -150,7 +160,7 @@ class PositionAttention(nn.Module):
         # S = softmax(f_h f_l') without the usual 1 / sqrt(channels); S has N_h x N_l entries
         found = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # [B, 1, N_h, 64]
         found = found if self.released else found.mT                     # D2
-        return self.alpha * found.reshape(high.shape) + high             # Eq. 3
+        return (high + self.alpha * found.reshape(high.shape)).to(high.dtype)  # Eq. 3
 
 
 class ChannelAttention(nn.Module):
@@ -168,7 +178,7 @@ class ChannelAttention(nn.Module):
         with torch.autocast(low.device.type, enabled=False):  # a sum of N products needs fp32
             energy = self.sign * f_l.float() @ f_h.float().mT            # [B, 64, 64]
             found = torch.softmax(energy, -1) @ f_h.float()              # Z f_H, Eqs. 4 and 5
-        return self.beta * found.view(low.shape) + low                   # Eq. 6
+        return (low + self.beta * found.view(low.shape)).to(low.dtype)   # Eq. 6
 
 
 class FeatureFusion(nn.Module):
@@ -202,7 +212,7 @@ class CLASSNet(nn.Module):
     def __init__(self, encoder: nn.Module, attention: tuple[str, ...] = ("position", "channel"),
                  fusion: str = "ffm", outputs: int = 4, released: bool = False):
         super().__init__()
-        self.encoder, self.attention = encoder, attention
+        self.encoder, self.attention, self.released = encoder, attention, released
 
         def per_level(make, levels="234") -> nn.ModuleDict:
             return nn.ModuleDict({level: make() for level in levels})
@@ -223,15 +233,14 @@ class CLASSNet(nn.Module):
         self.heads = per_level(lambda: nn.Conv2d(WIDTH, 1, 3, padding=1), "2345"[:outputs])
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] in [0, 1] -> logits [B, 1, H, W] of D2 (the prediction), D3, D4, D5."""
-        maps = list(self.encoder(image))[1:]                             # E2 ... E5
-        maps[3] = maps[3] + maps[3].mean((2, 3), keepdim=True)
+        """[B, 3, H, W] in [0, 1] -> logits [B, 1, H, W] of D_2 (the map), D_3, D_4, D_5."""
+        maps = list(self.encoder(image))[1:]                             # E_2 ... E_5
+        maps[3] = maps[3] + maps[3].mean((2, 3), keepdim=True)           # not in the paper
         f = {level: self.squeeze[level](x) for level, x in zip("2345", maps)}
-        # one F_h for all levels, "5", or one for each of them (D4)
         high = {level: bridge(f["5"]) for level, bridge in self.bridge_high.items()}
         d = {"5": self.refine["5"](f["5"])}
         for level, above in ("4", "5"), ("3", "4"), ("2", "3"):
-            f_l, f_h = self.bridge[level](f[level]), high.get(level, high.get("5"))
+            f_l, f_h = self.bridge[level](f[level]), high[level if self.released else "5"]  # D4
             low = self.channel[level](f_l, f_h) if "channel" in self.attention else f_l
             deep = self.position[level](f_h, f_l) if "position" in self.attention else f_h
             size = f_l.shape[2:]
@@ -286,7 +295,7 @@ def object_loss(logit: Tensor, g: Tensor) -> Tensor:
 
 def supervise(logits: list[Tensor], g: Tensor, losses: list[str],
               region: str = "paper") -> tuple[Tensor, Tensor]:
-    """Eqs. 14 and 15: (the loss, its terms for D2 in the order of `losses`, without gradient)."""
+    """Eqs. 14 and 15: (the loss, its terms for D_2 in the order of `losses`, without gradient)."""
     functions = {"pixel": pixel_loss, "object": object_loss,
                  "region": released_region_loss if region == "released" else region_loss}
     terms = torch.stack([torch.stack([functions[name](logit.float(), g) for name in losses])
@@ -299,8 +308,7 @@ def supervise(logits: list[Tensor], g: Tensor, losses: list[str],
 def make_net(args: argparse.Namespace, weights: str) -> CLASSNet:
     """The network, on the device; `weights` as for `backbone`."""
     encoder = backbone(args.backbone, weights, args.pixels, args.bn == "stored",
-                       borders=args.borders)
-    encoder.before_pooling = args.vgg_taps == "conv"                     # D11
+                       borders=args.borders, before_pooling=args.vgg_taps == "conv")  # D11
     net = CLASSNet(encoder, tuple(args.attention), args.fusion, args.outputs, args.released)
     net = net.to(args.device, memory_format=torch.channels_last)
     if args.compile:
@@ -313,7 +321,7 @@ def rate(epoch: int, epochs: int, highest: float) -> float:
     return highest * (1 - abs(2 * epoch / (epochs + 1) - 1))
 
 
-def view(x: Tensor, side: int, cut: Tensor, offset: Tensor) -> Tensor:
+def crop_and_scale(x: Tensor, side: int, cut: Tensor, offset: Tensor) -> Tensor:
     """Crop and rescale: [B, C, H, W] -> [B, C, side, side], bilinear.
 
     cut, offset [B, 2]: share of height and width that is cut away, and how much of it at the start.
@@ -346,14 +354,15 @@ def train(args: argparse.Namespace) -> CLASSNet:
     log = runtime.Log(folder, args.epochs, done, quiet=not world.main)
     watch, parallel = harness.Watch(args), world.parallel(net)
     for epoch in range(done + 1, args.epochs + 1):
-        highest = rate(epoch, args.epochs, args.lr)
+        lr = rate(epoch, args.epochs, args.lr)
         for group in optimiser.param_groups:
-            group["lr"] = highest * group["scale"]
+            group["lr"] = lr * group["scale"]
         net.train()
         losses, images = train_epoch(parallel, optimiser, bank, epoch, args)
         runtime.require_finite(losses["loss"], epoch)
+        world.average_buffers(net)                                       # D14
         seen = watch(partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png")
-        log.epoch(epoch, images, **losses, lr=highest, **seen)
+        log.epoch(epoch, images, **losses, lr=lr, **seen)
         if world.main:
             harness.save(folder, "class_net", 1, epoch, flags, net, optimiser)
         world.barrier()
@@ -362,7 +371,7 @@ def train(args: argparse.Namespace) -> CLASSNet:
 
 def train_epoch(net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank, epoch: int,
                 args: argparse.Namespace) -> tuple[dict[str, float], int]:
-    """One pass over the bank: (mean loss and its terms for D2, number of images)."""
+    """One pass over the bank: (mean loss and its terms for D_2, number of images)."""
     world, steps = args.world, 0
     total = torch.zeros(1 + len(args.losses), device=args.device)
     order, batch = epoch_order(len(bank), args.batch_size, args.seed, epoch, world)
@@ -378,7 +387,7 @@ def train_epoch(net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank, ep
         place = (part[mine].to(args.device, non_blocking=True) for part in (cut, offset))
         flip = flip & ("flip" in args.augment)
         both = torch.cat([bank.images(index, flip), bank.masks(index, flip)], 1)
-        image, g = view(both, side, *place).split((3, 1), 1)
+        image, g = crop_and_scale(both, side, *place).split((3, 1), 1)
         with autocast(args.device, args.amp):
             logits = net(image.contiguous(memory_format=torch.channels_last))
         loss, terms = supervise(logits, g, args.losses, args.region)
@@ -395,7 +404,7 @@ def train_epoch(net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank, ep
 # ---- Evaluation and prediction -------------------------------------------------------------------
 @torch.no_grad()
 def forward(net: CLASSNet, image: Tensor, args: argparse.Namespace) -> Tensor:
-    """Saliency logit of D2, [B, 1, H, W], in eval mode."""
+    """Saliency logit, D_2's, [B, 1, H, W], in eval mode."""
     net.eval()
     with autocast(args.device, args.amp):
         return net(image.contiguous(memory_format=torch.channels_last))[0].float()
@@ -412,7 +421,7 @@ def load(path: Path, args: argparse.Namespace) -> CLASSNet:
     saved = runtime.torch_load(path)
     if "method" not in saved and "supervision1.weight" in saved:
         args.released, args.backbone, state = True, "resnet50", from_released(saved)
-        args.data = "DUTS-TR"
+        args.data, args.out = "DUTS-TR", args.out or Path("runs", "class_net-released")
     else:
         saved = harness.restore(path, "class_net", args, (
             "backbone", "pixels", "borders", "released", "attention", "fusion", "outputs",

@@ -13,8 +13,8 @@
     tiny          five levels, defined here                    32 48 96 160 256      shapes
 
 The image is normalised inside, since the weights decide how: `pixels` is "imagenet" (mean and
-standard deviation of ImageNet), "f3net" (those that F3Net and its
-heirs use), "symmetric" ([-1, 1]), or "unit" ([0, 1] as it is).
+standard deviation of ImageNet), "f3net" (those that F3Net and its heirs use), "symmetric"
+([-1, 1]), or "unit" ([0, 1] as it is).
 
 BatchNorm: `stored_stats=True` keeps the statistics that came with the weights, also while training;
 False is torch's usual behaviour (batch statistics in training mode, running averages updated).
@@ -99,8 +99,7 @@ class ResNet(Pyramid, torchvision.models.ResNet):
 
 
 class VGG16(Pyramid):
-    """torchvision's VGG-16 features, tapped after each max-pooling, or before it: then at strides
-    1, 2, 4, 8, 16."""
+    """torchvision's VGG-16 features, tapped after each max-pooling, or before it."""
     channels = (64, 128, 256, 512, 512)
     before_pooling = False
 
@@ -109,7 +108,7 @@ class VGG16(Pyramid):
         self.features = torchvision.models.vgg16().features
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
+        """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32, or 1, 2, 4, 8, 16."""
         x, taps = self.normalise(image), []
         for layer in self.features:
             before, x = x, layer(x)
@@ -176,18 +175,22 @@ BACKBONES = {
 
 
 def backbone(name: str, weights: str | None = None, pixels: str = "imagenet",
-             stored_stats: bool = False, keep_fc: bool = False, borders: str = "zeros") -> Pyramid:
+             stored_stats: bool = False, keep_fc: bool = False, borders: str = "zeros",
+             before_pooling: bool = False) -> Pyramid:
     """Build an encoder and load its weights.
 
     name: a key of `BACKBONES`. weights: a name of the table above, a local file, "none" for a
     random start, or None for the backbone's default. pixels, stored_stats: see the top of this
     file. keep_fc: keep a ResNet's classifier (the released A2S uses it; MoCo's file has none, so
     there it stays random). borders: "replicate" makes the convolutions see the picture go on beyond
-    its border, not zeros. Raises `UserError` for unknown names, missing files, and wrong keys.
+    its border, not zeros. before_pooling: tap VGG-16 before each pooling, at half the stride.
+    Raises `UserError` for unknown names, missing files, and wrong keys.
     """
     keep_fc = keep_fc and name.startswith("resnet")
     encoder = BACKBONES[name](keep_fc)
     encoder.set_pixels(pixels)
+    if name == "vgg16":
+        encoder.before_pooling = before_pooling
     encoder.stored_stats = stored_stats
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d) and borders != "zeros":

@@ -13,6 +13,7 @@ A bank that does not fit into half of the free memory becomes a memory-mapped fi
 interface. The order of samples and the flips depend on (seed, epoch) alone, not on the number of
 processes or workers, so a resumed run sees what an undisturbed one would have seen.
 """
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,8 +66,12 @@ class Bank:
     def __init__(self, dataset: Dataset, size: int, device: torch.device, folder: Path = Path("."),
                  budget: int | None = None, parts: tuple[str, ...] = ("image",)):
         self.device, self.names, count = device, dataset.names, len(dataset)
-        self.pixels = {part: storage((count, self.CHANNELS[part], size, size), device,
-                                     Path(folder, f"{part}s.u8"), budget) for part in parts}
+        shapes = {part: (count, self.CHANNELS[part], size, size) for part in parts}
+        budget = free_memory(device) // 2 if budget is None else budget
+        if sum(map(math.prod, shapes.values())) > budget:
+            budget = 0  # all parts go to the disk
+        self.pixels = {part: storage(shape, device, Path(folder, f"{part}.u8"), budget)
+                       for part, shape in shapes.items()}
         self.has = {part: torch.ones(count, dtype=torch.bool) for part in parts}
 
         def load(i: int) -> list[torch.Tensor | None]:

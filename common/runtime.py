@@ -127,6 +127,13 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def average_buffers(self, net: torch.nn.Module) -> None:
+        """Give every process the mean of all processes' buffers, BatchNorm's statistics."""
+        for buffer in net.buffers() if self.size > 1 else ():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.size
+
     def parallel(self, net: torch.nn.Module) -> torch.nn.Module:
         """The network itself, or wrapped so that its gradients are averaged over the processes."""
         if self.size == 1:

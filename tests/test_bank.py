@@ -55,7 +55,7 @@ def test_rectifying_equals_eq_14_by_hand_with_flips():
 
 def test_too_large_a_bank_is_a_file_with_the_same_numbers(tmp_path):
     bank, mapped = Bank(Ramps(), 4, CPU), Bank(Ramps(), 4, CPU, tmp_path, budget=100)
-    assert (tmp_path / "images.0.u8").stat().st_size == 6 * 3 * 4 * 4
+    assert (tmp_path / "image.0.u8").stat().st_size == 6 * 3 * 4 * 4
     index, flip = torch.arange(6), torch.arange(6) % 2 == 0
     assert torch.equal(bank.images(index, flip), mapped.images(index, flip))
     labels = MapBank(maps, 6, 4, CPU, tmp_path, budget=10)
