@@ -22,40 +22,40 @@ Usage
     python unified_usod.py --transfer video                    # ... carried to moving shapes
     python unified_usod.py --transfer rsi                      # ... and to shapes from above
     python unified_usod.py --data DUTS-TR+RGBD-TR+VT5000-TR    # the paper's joint training
-    python unified_usod.py --data RGBD-TR                      # one task alone
-    python unified_usod.py --data photos/                      # photos/images, photos/depth if any
+    python unified_usod.py --data photos/         # photos/images, and photos/depth if there is one
     python unified_usod.py --data photos/ --predict photos/    # with the network just trained
     torchrun --nproc_per_node=4 unified_usod.py --data DUTS-TR+RGBD-TR+VT5000-TR
 
-Results. Paper (MoCo v2 ResNet-50, one RTX 3090, time not told), F / MAE: ECSSD .923 / .038, NJUD
-.876 / .049, VT5000 .843 / .038; carried over, DAVIS .793 / .030, ORSSD .726 / .053. Ours at that
-size: not run. At small scale: README.
+Results. Paper (MoCo v2 ResNet-50, one RTX 3090), F / MAE: ECSSD .923 / .038, NJUD .876 / .049,
+VT5000 .843 / .038; carried over, DAVIS .793 / .030, ORSSD .726 / .053. Ours at that size: not run.
+At small scale: README.
 
-Departures. The paper is the default. Where it is silent the released code is followed: the first
-level after a pooling, two-stage weights 1 and 0.5 of the two scales, 0.2 of the photo chain's head,
-no weight decay in stage 2, its encoders' rate a tenth and 0 in epoch 1, the modality not
-normalised, labels from Otsu's threshold, SPR from epoch 2 on, MoCo v2 of 200 epochs. --released
-follows the authors' code also where it contradicts the paper:
+Departures. The paper is the default. Where it is silent the released code is followed: first level
+after a pooling, corner rule for the sign, Otsu's threshold, half weight for the second scale and
+0.2 for the photo chain's head, no weight decay in stage 2, its encoders at rest in epoch 1 and at
+a tenth of the rate then, modality not normalised, SPR from epoch 2 on, MoCo v2 of 200 epochs.
+--released follows the authors' code also where it contradicts the paper:
  D1 the curriculum's epoch Ec starts at 0 and grows with every step; released: by ones from 1.
  D2 the distilling loss is linear; released: its power falls from 2 to 1 (--power annealed).
  D3 the curriculum holds in transfer too (Fig. 2); released: not there.
  D4 stage 2's learning rate is constant; released: it falls linearly to a fifth, as in stage 1.
- D5 SPR weighs 0.2 0.6 0.2; released: 0.1 0.7 0.2, divided by the largest value, as is PAR's map
-    before, whose weights add up to 1.01 there (ours: 1).
+ D5 SPR weighs 0.2 0.6 0.2, PAR's weights add up to 1; released: 0.1 0.7 0.2 and 1.01, and both
+    PAR's map and the new label are divided by their maxima.
  D6 both scales take the sign of the first; released: each its own, and they may contradict.
- D7 BatchNorm of the encoders keeps its stored statistics, as in a2s.py; released: of the batch.
+ D7 BatchNorm of what is pretrained or frozen keeps its statistics, as in a2s.py; released: batch.
 Ours in both cases:
- D8 PAR is as in AFA, which the paper cites (32 neighbours, 6 iterations, as released); Eqs. 5 and 7
-    leave out its square, its dilations, and its iterations.
+ D8 PAR is that of AFA, which the paper cites (32 neighbours, 6 iterations, as released); Eqs. 5 and
+    7 leave out its square, its dilations, and its iterations.
  D9 L_sc is a mean square, as released; the paper writes a norm.
  D10 a batch without a boundary has L_btm 0; released: not a number.
  D11 the label bank holds 8 bits per pixel.
- D12 --tune adapter, one adapter in the detector, is the released code's; its training crashes.
+ D12 of several processes each has its own boundaries in L_btm, and statistics in the detector.
+Not implemented: the released code's adapter in the detector, whose training crashes there; as in
+its README, transfer trains a new detector on the target's labels (Fig. 2).
 
 Shapes: B batch, H W input size, h w feature size. Images and modalities are in [0, 1].
 """
 import argparse
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -68,13 +68,12 @@ from common.backbones import PIXELS, backbone
 from common.bank import Bank, MapBank, batches, epoch_order
 from common.crf import dense_crf, hard_unary, median_filter
 from common.datasets import load_mask, open_set
-from common.metrics import Metrics, to_uint8
 from common.runtime import UserError, autocast, generator, progress, save_png
 
 METHOD = "unified_usod"
 PAPER = {"epochs": (20, 10), "lr": (0.1, 0.005), "batch_size": 8, "size": 320, "width": 1.0,
          "backbone": "resnet50", "sxy": 50.0, "srgb": 5.0}
-SHAPES = {"epochs": (2, 3), "lr": (0.1, 0.01), "batch_size": 8, "size": 160, "width": 0.25,
+SHAPES = {"epochs": (1, 2), "lr": (0.1, 0.01), "batch_size": 8, "size": 128, "width": 0.125,
           "backbone": "tiny", "sxy": 100.0, "srgb": 20.0}
 FIXED = ("backbone", "pixels", "borders", "sign")  # flags that a checkpoint decides on
 FREE = ("size", "width", "sxy", "srgb")            # ... unless they are given
@@ -94,8 +93,6 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
     method.add_argument("--transfer", metavar="TASK", help="carry the run folder's networks to "
                         "video, rsi, or any set, and compare with zero-shot")
-    method.add_argument("--tune", choices=("all", "adapter"), default="all", help="transfer's "
-                        "stage 2: a new detector, or an adapter in the old one, D12 [all]")
     method.add_argument("--released", action="store_true", help="the authors' code (D1 to D7)")
     method.add_argument("--bn", choices=("stored", "batch"),
                         help="statistics of the encoders' BatchNorm in training, see D7 [stored]")
@@ -119,8 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
                         help="loss weights of the heads of photo chain, modality chain, global map")
     method.add_argument("--spr", type=float, nargs=3, metavar="W", help="weights of prior, "
                         "posterior, previous label, Table 7; 0 0 1 rectifies nothing [.2 .6 .2]")
-    method.add_argument("--rate-labels", action="store_true", help="score the rectified labels on "
-                        "the training set's masks by task, Tables 6 to 8")
     harness.add_flags(parser)
     parser.set_defaults(data="shapes+shapes-depth+shapes-thermal", pairs=True)
     return parser
@@ -277,20 +272,18 @@ class Fusion(nn.Module):
 class Detector(nn.Module):
     """Stage 2, the SD: MIDD, two encoders and two chains that decode photo and modality together.
 
-    width: share of MIDD's channels. adapter: a second GlobalInfo, F^ = T(F) + Ta(F).
+    width: share of MIDD's channels.
     """
 
-    def __init__(self, rgb: nn.Module, modality: nn.Module, width: float = 1.0,
-                 adapter: bool = False):
+    def __init__(self, rgb: nn.Module, modality: nn.Module, width: float = 1.0):
         super().__init__()
-        c2, c3, c4, c5 = (round(width * c) for c in (128, 256, 512, 512))
+        c2, c3, c4, c5 = (4 * max(1, round(width * c / 4)) for c in (128, 256, 512, 512))
         widths, inner = (rgb.channels[0], c2, c3, c4, c5), c2            # level 1 stays as it is
         self.encoders = nn.ModuleList([rgb, modality])
         self.laterals = nn.ModuleList(
             nn.ModuleList(map(partial(conv, size=1), encoder.channels[1:], widths[1:]))
             for encoder in self.encoders)
         self.global_info = GlobalInfo(2 * c5, c5)
-        self.adapter = GlobalInfo(2 * c5, c5) if adapter else None
         below = widths[1:]
         self.chains = nn.ModuleList(
             nn.ModuleList(Fusion(below[level], widths[level], c5, inner) for level in range(4))
@@ -312,10 +305,7 @@ class Detector(nn.Module):
         """Photo and modality [B, 6, H, W] -> logits of the output and of both chains
         [B, 1, H/4, W/4], and of the global map [B, 1, H/32, W/32]."""
         levels = [self.taps(stream, image) for stream, image in enumerate(pair.split(3, 1))]
-        deepest = torch.cat([levels[0][4], levels[1][4]], 1)
-        context = self.global_info(deepest)
-        if self.adapter is not None:
-            context = context + self.adapter(deepest)
+        context = self.global_info(torch.cat([levels[0][4], levels[1][4]], 1))
         before = [(context, levels[1][4]), (context, levels[0][4])]      # (own, the other's)
         for level in (3, 2, 1, 0):
             maps = [chain[level](*pair, taps[level], context)
@@ -402,20 +392,11 @@ def make_net(stage: int, args: argparse.Namespace, weights: str | None,
     def encoder(pixels: str) -> nn.Module:
         return backbone(args.backbone, weights, pixels, args.bn == "stored", borders=args.borders)
     net = CueExtractor(encoder(args.pixels), args.sign, adapter, args.released) if stage == 1 else \
-        Detector(encoder(args.pixels), encoder("unit"), args.width, adapter)
+        Detector(encoder(args.pixels), encoder("unit"), args.width)
     net = net.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         net.compile()
     return net
-
-
-def adapt(stage: int, net: nn.Module, args: argparse.Namespace) -> None:
-    """Give `net` the base's weights and freeze all of it but its adapter, which starts anew."""
-    path = base_checkpoint(stage, args)
-    new = {key: value for key, value in net.state_dict().items() if key.startswith("adapter.")}
-    runtime.load_state(net, runtime.load_checkpoint(path, METHOD, stage)["model"] | new, path)
-    net.requires_grad_(False)
-    net.adapter.requires_grad_(True)
 
 
 def base_checkpoint(stage: int, args: argparse.Namespace) -> Path:
@@ -427,15 +408,23 @@ def base_checkpoint(stage: int, args: argparse.Namespace) -> Path:
     return path
 
 
+def adapt(net: CueExtractor, args: argparse.Namespace) -> None:
+    """Give `net` the base's weights and freeze all of it but its adapter, which starts anew."""
+    new = {key: value for key, value in net.state_dict().items() if key.startswith("adapter.")}
+    net.load_state_dict(runtime.torch_load(base_checkpoint(1, args))["model"] | new)
+    net.requires_grad_(False)
+    net.adapter.requires_grad_(True)
+
+
 def train(stage: int, args: argparse.Namespace) -> nn.Module:
     """Train one stage, from its backbone's weights, from the base, or, with --resume, last.pt."""
     world, folder, epochs = args.world, args.out / f"stage{stage}", args.epochs[stage - 1]
     dataset = open_set(args.data, args.data_root, masks=False)
     torch.manual_seed(args.seed)
-    adapting = bool(args.transfer) and (stage == 1 or args.tune == "adapter")
+    adapting = stage == 1 and args.transfer is not None
     net = make_net(stage, args, args.backbone_weights, adapting)
     if adapting:
-        adapt(stage, net, args)
+        adapt(net, args)
     inside = {True: [], False: []}  # parameters of the encoders, and the others
     for name, p in net.named_parameters():
         if p.requires_grad:
@@ -449,13 +438,14 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     done = harness.resume(folder, METHOD, stage, flags, net, optimiser, labels)
     harness.save_args(flags, args, folder)
     log, watch = runtime.Log(folder, epochs, done, quiet=not world.main), harness.Watch(args)
-    parallel = world.parallel(net)
     for epoch in range(done + 1, epochs + 1):
+        if stage == 2:
+            net.encoders.requires_grad_(epoch > 1)  # not in the paper; released code
         net.train()
         if args.bn == "stored":  # what is frozen keeps its statistics
             for part in net.children():
                 part.train(any(p.requires_grad for p in part.parameters()))
-        loss, images = train_epoch(stage, parallel, optimiser, bank, labels, epoch, args)
+        loss, images = train_epoch(stage, world.parallel(net), optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
         logit, picture = partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = {"mirror": harness.mirror(logit, bank)} if stage == 1 else {}
@@ -464,8 +454,9 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
         if world.main:
             harness.save(folder, METHOD, stage, epoch, flags, net, optimiser, labels)
         world.barrier()
-    if stage == 2 and args.rate_labels:
-        harness.save_results(score_labels(labels, args), args, folder / "labels")
+    if stage == 2 and world.main:  # Tables 6 to 8 score them: python -m common.metrics
+        for name, label in zip(dataset.names, labels.pixels):
+            save_png(args.out / "rectified" / f"{name}.png", label[0].cpu())
     return net
 
 
@@ -483,8 +474,7 @@ def set_rate(stage: int, optimiser: torch.optim.Optimizer, time: float,
     if stage == 1 or args.released:                                      # D4
         rate *= 1 - 0.8 * time / args.epochs[stage - 1]
     for group in optimiser.param_groups:
-        share = 1.0 if group["part"] == "decoder" else 0.0 if time < 1 else 0.1
-        group["lr"] = rate * share
+        group["lr"] = rate if group["part"] == "decoder" else 0.1 * rate
 
 
 def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank,
@@ -609,7 +599,8 @@ def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6, released: bool 
     the weighted sum of its 32 neighbours.
     """
     near = around(image)                                                 # [B, 3, 32, H, W]
-    colour = (near - image[:, :, None]).abs() / (near.std(2, keepdim=True) + 1e-8) / 0.3
+    spread = (near - near.mean(2, keepdim=True)).square().sum(2, keepdim=True).div(31).sqrt()
+    colour = (near - image[:, :, None]) / (spread + 1e-8) / 0.3          # .std() is 5 times slower
     steps = torch.tensor([1.0, 2.0, 4.0, 8.0], device=image.device)[:, None]
     ring = torch.tensor([2, 1, 2, 1, 1, 2, 1, 2], device=image.device).sqrt()
     place = (steps * ring).flatten()                                     # [32]
@@ -631,22 +622,6 @@ def rectify(image: Tensor, s: Tensor, g: Tensor, weights: list[float],
     prior = prior / prior.amax((2, 3), keepdim=True)                     # D5
     g = weights[0] * prior + weights[1] * s + weights[2] * g
     return g / g.amax((2, 3), keepdim=True)
-
-
-def score_labels(labels: MapBank, args: argparse.Namespace) -> dict[str, dict]:
-    """Scores of the label bank against the training set's masks, for each set of a joint one."""
-    dataset, parts = open_set(args.data, args.data_root), defaultdict(Metrics)
-    for i in progress(args.world.share(range(len(dataset))), "score labels"):
-        sample = dataset[i]
-        title = sample["name"].split("/")[0] if "+" in args.data else dataset.title
-        label = labels.pixels[i].float()[None] / 255                     # [1, 1, S, S]
-        label = F.interpolate(label, tuple(sample["size"]), mode="bilinear", align_corners=False)
-        parts[f"{title}-rectified"].add(to_uint8(label[0, 0]).cpu(), sample["mask"][0] > 127)
-    everyone = defaultdict(Metrics)
-    for found in args.world.gather(dict(parts)):
-        for title, metrics in found.items():
-            everyone[title].merge(metrics)
-    return {title: metrics.scores() for title, metrics in everyone.items()}
 
 
 # ---- Evaluation and prediction -------------------------------------------------------------------
@@ -684,8 +659,8 @@ def zero_shot(args: argparse.Namespace) -> dict[str, dict]:
     """Scores of the base's networks on the target's evaluation sets."""
     results = {}
     for stage in (1, 2):
-        path, net = base_checkpoint(stage, args), make_net(stage, args, "none")
-        runtime.load_state(net, runtime.load_checkpoint(path, METHOD, stage)["model"], path)
+        net = make_net(stage, args, "none")
+        net.load_state_dict(runtime.torch_load(base_checkpoint(stage, args))["model"])
         results |= evaluate(stage, net, args, "-zero-shot")
     return results
 
@@ -710,26 +685,23 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
 def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict under our names, less what they built but never called: the gates'
     GroupNorms and the encoders' classifiers."""
-    names = {"decoder.ad2.": "se3.", "decoder.ad3.": "se4.", "decoder.ad4.": "se5.",
-             "decoder.fusion.": "se0.", "ad0.0": "conv", "ad0.1": "norm", ".se.conv": ".gate",
-             "trans_rgb.": "laterals.0.", "trans_t.": "laterals.1.",
-             "decoder.refine.ca.fus.": "gate.mlp.", "decoder.global_info.": "global_info.",
-             ".ca.fus.": ".gate.mlp.", ".de_chan.": ".reduce.", "ca1.fus.": "gate_before.mlp.",
-             "ca2.fus.": "gate_level.mlp.", ".fus.": ".fuse.", ".conv1.": ".before.",
-             ".conv_curfeat.": ".level.", ".conv_globalinfo.": ".context.", ".conv_out.": ".out.",
-             "decoder.refine.score": "heads.0", "decoder.score_1": "heads.1",
-             "decoder.score_2": "heads.2", "decoder.score_global": "heads.3"}
-    names |= {f".b{i}.": f".pools.{i}." for i in range(4)}
-    names |= {f"decoder.gfb{level + 1}_{chain + 1}.": f"chains.{chain}.{level}."
+    names = {"decoder.": "", "ad2.": "se3.", "ad3.": "se4.", "ad4.": "se5.", "fusion.": "se0.",
+             "ad0.0": "conv", "ad0.1": "norm", ".se.conv": ".gate", "trans_rgb.": "laterals.0.",
+             "trans_t.": "laterals.1.", "refine.ca.fus.": "gate.mlp.", "refine.score": "heads.0",
+             "score_1": "heads.1", "score_2": "heads.2", "score_global": "heads.3",
+             "ca1.fus.": "gate_before.mlp.", "ca2.fus.": "gate_level.mlp.",
+             ".ca.fus.": ".gate.mlp.", ".fus.": ".fuse.", ".de_chan.": ".reduce.",
+             ".conv1.": ".before.", ".conv_curfeat.": ".level.", ".conv_globalinfo.": ".context.",
+             ".conv_out.": ".out."} | {f".b{i}.": f".pools.{i}." for i in range(4)}
+    names |= {f"gfb{level + 1}_{chain + 1}.": f"chains.{chain}.{level}."
               for level in range(4) for chain in range(2)}
-    pair = any(key.startswith("t_net.") for key in state)
-    renamed = {}
+    two, renamed = any(key.startswith("t_net.") for key in state), {}
     for key, value in state.items():
         if key.startswith(("encoder.fc.", "t_net.fc.")) or ".se.gn." in key:
             continue
         if key.startswith(("encoder.", "t_net.")):
+            key = key.replace("encoder.", "encoders.0.") if two else key
             key = key.replace("t_net.", "encoders.1.")
-            key = key.replace("encoder.", "encoders.0.") if pair else key
         else:
             for theirs, ours in names.items():
                 key = key.replace(theirs, ours)
