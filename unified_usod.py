@@ -39,8 +39,8 @@ a tenth of the rate then, modality not normalised, SPR from epoch 2 on, MoCo v2 
  D2 the distilling loss is linear; released: its power falls from 2 to 1 (--power annealed).
  D3 the curriculum holds in transfer too (Fig. 2); released: not there.
  D4 stage 2's learning rate is constant; released: it falls linearly to a fifth, as in stage 1.
- D5 SPR weighs 0.2 0.6 0.2, PAR's weights add up to 1; released: 0.1 0.7 0.2 and 1.01, and both
-    PAR's map and the new label are divided by their maxima.
+ D5 SPR weighs 0.2 0.6 0.2, PAR is scaled so that its weights add up to 1; released: 0.1 0.7 0.2,
+    and PAR's map and the new label are divided by their maxima.
  D6 both scales take the sign of the first; released: each its own, and they may contradict.
  D7 BatchNorm of what is pretrained or frozen keeps its statistics, as in a2s.py; released: batch.
 Ours in both cases:
@@ -89,33 +89,28 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags. A default of None is the paper's value, or the small preset's on shapes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      epilog="The docstring of this file explains the method.")
-    method = parser.add_argument_group("method")
-    method.add_argument("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
-    method.add_argument("--transfer", metavar="TASK", help="carry the run folder's networks to "
-                        "video, rsi, or any set, and compare with zero-shot")
-    method.add_argument("--released", action="store_true", help="the authors' code (D1 to D7)")
-    method.add_argument("--bn", choices=("stored", "batch"),
-                        help="statistics of the encoders' BatchNorm in training, see D7 [stored]")
-    method.add_argument("--sign", choices=SIGNS, default="corners",
-                        help="what tells object from background in stage 1 [corners]")
-    method.add_argument("--pcl", choices=("on", "off"),
-                        help="the curriculum: hard pixels out of stage 1's loss at first, D3 [on]")
-    method.add_argument("--power", choices=("linear", "annealed"),
-                        help="of the distilling loss, see D2 [linear]")
-    method.add_argument("--gamma", type=float, default=0.05, help="weight of L_btm [0.05]")
-    method.add_argument("--multi-scale", choices=("on", "off"), default="on",
-                        help="a second scale in both stages, L_sc and L_ms [on]")
-    method.add_argument("--threshold", choices=("otsu", "fixed"), default="otsu",
-                        help="of the map before the CRF; fixed: 0.5 [otsu]")
-    method.add_argument("--sxy", type=float, help="CRF's reach in a photo of 320 pixels [50]")
-    method.add_argument("--srgb", type=float, help="CRF's tolerance of grey levels [5]")
-    method.add_argument("--width", type=float, help="share of the detector's channels [1]")
-    method.add_argument("--loss", choices=("iou", "bce", "iou+bce"), default="iou",
-                        help="of stage 2 beside L_ms, Table 8 [iou]")
-    method.add_argument("--aux", type=float, nargs=3, default=[0.2, 0, 0], metavar="W",
-                        help="loss weights of the heads of photo chain, modality chain, global map")
-    method.add_argument("--spr", type=float, nargs=3, metavar="W", help="weights of prior, "
-                        "posterior, previous label, Table 7; 0 0 1 rectifies nothing [.2 .6 .2]")
+    add = parser.add_argument_group("method").add_argument
+    add("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
+    add("--transfer", metavar="TASK", help="carry the run folder's networks to video, rsi, or any "
+        "set, and compare with zero-shot")
+    add("--released", action="store_true", help="the authors' code (D1 to D7)")
+    add("--bn", choices=("stored", "batch"), help="BatchNorm's statistics, see D7 [stored]")
+    add("--sign", choices=SIGNS, default="corners", help="what is background? [corners]")
+    add("--pcl", choices=("on", "off"), help="hard pixels come later, see D3 [on]")
+    add("--power", choices=("linear", "annealed"), help="of L_pcl-sd, see D2 [linear]")
+    add("--gamma", type=float, default=0.05, help="weight of L_btm [0.05]")
+    add("--multi-scale", choices=("on", "off"), default="on",
+        help="a second scale, with L_sc in stage 1 and L_ms in stage 2 [on]")
+    add("--threshold", choices=("otsu", "fixed"), default="otsu",
+        help="of the map before the CRF; fixed: 0.5 [otsu]")
+    add("--sxy", type=float, help="CRF's reach in a photo of 320 pixels [50]")
+    add("--srgb", type=float, help="CRF's tolerance of grey levels [5]")
+    add("--width", type=float, help="share of the detector's channels [1]")
+    add("--loss", choices=LABEL_LOSSES, default="iou", help="of stage 2, Table 8 [iou]")
+    add("--aux", type=float, nargs=3, default=[0.2, 0, 0], metavar="W",
+        help="loss weights of the heads of photo chain, modality chain, global map [.2 0 0]")
+    add("--spr", type=float, nargs=3, metavar="W", help="weights of prior, posterior, previous "
+        "label, Table 7; 0 0 1 rectifies nothing [.2 .6 .2]")
     harness.add_flags(parser)
     parser.set_defaults(data="shapes+shapes-depth+shapes-thermal", pairs=True)
     return parser
@@ -399,19 +394,10 @@ def make_net(stage: int, args: argparse.Namespace, weights: str | None,
     return net
 
 
-def base_checkpoint(stage: int, args: argparse.Namespace) -> Path:
-    """The checkpoint to transfer."""
-    path = args.base / f"stage{stage}" / "last.pt"
-    if not path.exists():
-        raise UserError(f"{path} is missing, the network to transfer; train it: python "
-                        f"unified_usod.py --data {args.base_data} --out {args.base}")
-    return path
-
-
 def adapt(net: CueExtractor, args: argparse.Namespace) -> None:
     """Give `net` the base's weights and freeze all of it but its adapter, which starts anew."""
     new = {key: value for key, value in net.state_dict().items() if key.startswith("adapter.")}
-    net.load_state_dict(runtime.torch_load(base_checkpoint(1, args))["model"] | new)
+    net.load_state_dict(runtime.torch_load(args.base / "stage1" / "last.pt")["model"] | new)
     net.requires_grad_(False)
     net.adapter.requires_grad_(True)
 
@@ -425,13 +411,11 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     net = make_net(stage, args, args.backbone_weights, adapting)
     if adapting:
         adapt(net, args)
-    inside = {True: [], False: []}  # parameters of the encoders, and the others
-    for name, p in net.named_parameters():
-        if p.requires_grad:
-            inside[name.startswith("encoder")].append(p)
-    optimiser = torch.optim.SGD([{"params": inside[False], "part": "decoder"},
-                                 {"params": inside[True], "part": "encoder"}],
-                                lr=0.0, momentum=0.9, weight_decay=5e-4 if stage == 1 else 0)
+    parts = {inside: [p for name, p in net.named_parameters() if p.requires_grad
+                      and name.startswith("encoders.") == inside] for inside in (False, True)}
+    optimiser = torch.optim.SGD([{"params": parts[False], "scale": 1.0},
+                                 {"params": parts[True], "scale": 0.1}],
+                                momentum=0.9, weight_decay=5e-4 if stage == 1 else 0)
     bank = Bank(dataset, args.size, args.device, folder, parts=("image", "modality"))
     labels = read_labels(dataset.names, args, folder) if stage == 2 else None
     flags = harness.plain_flags(args)
@@ -474,7 +458,7 @@ def set_rate(stage: int, optimiser: torch.optim.Optimizer, time: float,
     if stage == 1 or args.released:                                      # D4
         rate *= 1 - 0.8 * time / args.epochs[stage - 1]
     for group in optimiser.param_groups:
-        group["lr"] = rate if group["part"] == "decoder" else 0.1 * rate
+        group["lr"] = rate * group["scale"]
 
 
 def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank,
@@ -592,11 +576,11 @@ def around(x: Tensor) -> Tensor:
     return torch.stack(views, 2)
 
 
-def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6, released: bool = False) -> Tensor:
+def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6) -> Tensor:
     """R_pri: PAR, the real-time pixel refiner of AFA (Ru et al., CVPR 2022), which the paper cites.
 
     image [B, 3, H, W], s [B, 1, H, W] in [0, 1] -> [B, 1, H, W]. Each iteration replaces a pixel by
-    the weighted sum of its 32 neighbours.
+    the weighted sum of its 32 neighbours; PAR's weights add up to 1.01, so that maps grow.
     """
     near = around(image)                                                 # [B, 3, 32, H, W]
     spread = (near - near.mean(2, keepdim=True)).square().sum(2, keepdim=True).div(31).sqrt()
@@ -606,8 +590,6 @@ def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6, released: bool 
     place = (steps * ring).flatten()                                     # [32]
     place = torch.softmax(-(place / (place.std() + 1e-8) / 0.3).square(), 0)
     weight = torch.softmax(-colour.square().mean(1), 1) + 0.01 * place[:, None, None]
-    if not released:
-        weight = weight / 1.01
     for _ in range(iterations):
         s = (around(s)[:, 0] * weight).sum(1, keepdim=True)              # [B, 1, H, W]
     return s
@@ -616,12 +598,10 @@ def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6, released: bool 
 def rectify(image: Tensor, s: Tensor, g: Tensor, weights: list[float],
             released: bool = False) -> Tensor:
     """SPR: G = l1 R_pri + l2 R_post + l3 G_pre, R_pri = PAR(image, s), R_post = s. [B, 1, H, W]"""
-    prior = pixel_refiner(image, s, released=released)
-    if not released:
-        return weights[0] * prior + weights[1] * s + weights[2] * g
-    prior = prior / prior.amax((2, 3), keepdim=True)                     # D5
+    prior = pixel_refiner(image, s)
+    prior = prior / (prior.amax((2, 3), keepdim=True) if released else 1.01 ** 6)  # D5
     g = weights[0] * prior + weights[1] * s + weights[2] * g
-    return g / g.amax((2, 3), keepdim=True)
+    return g / g.amax((2, 3), keepdim=True) if released else g
 
 
 # ---- Evaluation and prediction -------------------------------------------------------------------
@@ -648,9 +628,12 @@ def evaluate(stage: int, net: nn.Module, args: argparse.Namespace,
 
 def open_base(args: argparse.Namespace) -> None:
     """Transfer: take over the base's flags, go from its data and run folder to the target's."""
-    args.base, args.base_data = harness.run_folder(args, METHOD), args.data
-    harness.restore(base_checkpoint(1, args), METHOD, args, FIXED, FREE)
-    small = args.data.startswith("shapes")
+    args.base, small = harness.run_folder(args, METHOD), args.data.startswith("shapes")
+    for path in (args.base / f"stage{stage}" / "last.pt" for stage in (2, 1)):
+        if not path.exists():
+            raise UserError(f"{path} is missing, the network to transfer; train it: python "
+                            f"unified_usod.py --data {args.data} --out {args.base}")
+    harness.restore(path, METHOD, args, FIXED, FREE)
     args.data = TARGETS.get(args.transfer, (args.transfer,) * 2)[small]
     args.out = args.base / f"to-{Path(args.transfer).name}"
 
@@ -660,7 +643,7 @@ def zero_shot(args: argparse.Namespace) -> dict[str, dict]:
     results = {}
     for stage in (1, 2):
         net = make_net(stage, args, "none")
-        net.load_state_dict(runtime.torch_load(base_checkpoint(stage, args))["model"])
+        net.load_state_dict(runtime.torch_load(args.base / f"stage{stage}" / "last.pt")["model"])
         results |= evaluate(stage, net, args, "-zero-shot")
     return results
 

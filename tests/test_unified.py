@@ -218,7 +218,7 @@ def test_detector_sees_both_streams_and_any_size():
 
 
 def test_learning_rates():
-    optimiser = Namespace(param_groups=[{"part": "decoder"}, {"part": "encoder"}])
+    optimiser = Namespace(param_groups=[{"scale": 1.0}, {"scale": 0.1}])
 
     def rates(stage, time, *given):
         usod.set_rate(stage, optimiser, time, flags("--epochs", "10", "--lr", "1", *given))
@@ -229,11 +229,11 @@ def test_learning_rates():
 
 
 # ---- SPR -----------------------------------------------------------------------------------------
-def test_refiner_s_weights_sum_to_one_or_to_1_01():
+def test_refiner_s_weights_sum_to_1_01_and_the_prior_s_to_one():
     image, s = torch.rand(2, 3, 24, 20), torch.full((2, 1, 24, 20), 0.5)
-    assert usod.pixel_refiner(image, s).sub(0.5).abs().max() < 1e-5
-    released = usod.pixel_refiner(image, s, released=True) / 0.5
-    assert released.sub(1.01 ** 6).abs().max() < 1e-5
+    assert (usod.pixel_refiner(image, s, 1) / 0.5).sub(1.01).abs().max() < 1e-5
+    assert (usod.pixel_refiner(image, s) / 0.5).sub(1.01 ** 6).abs().max() < 1e-5
+    assert usod.rectify(image, s, 0 * s, [1, 0, 0]).sub(0.5).abs().max() < 1e-5
 
 
 def test_refiner_against_its_definition():
@@ -249,7 +249,7 @@ def test_refiner_against_its_definition():
     reach = torch.tensor([math.hypot(*place) for place in places])
     weight = torch.softmax(-colour, 0) + 0.01 * torch.softmax(-(reach / reach.std() / 0.3) ** 2, 0)
     want = sum(w * s[0, 0, y + i, x + j] for w, (i, j) in zip(weight, places))
-    got = usod.pixel_refiner(image, s, iterations=1, released=True)[0, 0, y, x]
+    got = usod.pixel_refiner(image, s, iterations=1)[0, 0, y, x]
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
 
@@ -261,7 +261,7 @@ def test_refiner_moves_a_shifted_map_to_the_photo_s_edge():
     for shift in (-4, 4):
         s = 0.1 + 0.8 * object_.roll(shift, 3)
         s[..., :4], s[..., -4:] = 0.1, 0.9                                # roll wraps around
-        refined = usod.pixel_refiner(image, s)
+        refined = usod.rectify(image, s, s, [1, 0, 0])
         assert (refined - object_).abs().mean() < 0.9 * (s - object_).abs().mean()
         wrong = (s > 0.5).float() != object_
         assert wrong.any() and ((refined > 0.5).float() != object_).sum() < wrong.sum() / 2
@@ -269,11 +269,11 @@ def test_refiner_moves_a_shifted_map_to_the_photo_s_edge():
 
 def test_rectified_label_by_hand():
     image, s, g = torch.rand(1, 3, 16, 16), torch.rand(1, 1, 16, 16), torch.rand(1, 1, 16, 16)
-    prior = usod.pixel_refiner(image, s)
+    prior = usod.pixel_refiner(image, s) / 1.01 ** 6
     got = usod.rectify(image, s, g, [0.2, 0.6, 0.2])
     assert torch.allclose(got, 0.2 * prior + 0.6 * s + 0.2 * g) and 0 <= got.min() <= got.max() <= 1
     assert torch.equal(usod.rectify(image, s, g, [0, 0, 1]), g)
-    prior = usod.pixel_refiner(image, s, released=True)
+    prior = usod.pixel_refiner(image, s)
     want = 0.1 * prior / prior.max() + 0.7 * s + 0.2 * g
     got = usod.rectify(image, s, g, [0.1, 0.7, 0.2], released=True)
     assert torch.allclose(got, want / want.max()) and got.max() == 1
@@ -324,13 +324,13 @@ def test_label_bank_after_an_epoch_equals_the_formula_flips_included(bank):
     labels = MapBank(lambda i: (start[i] * 255).byte(), 8, 64, CPU)
     before = labels.pixels.clone()
     net = Fixed()
-    optimiser = torch.optim.SGD([{"params": [net.bias], "part": "decoder"}], lr=0.0)
+    optimiser = torch.optim.SGD([{"params": [net.bias], "scale": 1.0}], lr=0.0)
     usod.train_epoch(2, net, optimiser, bank, labels, 1, args)
     assert torch.equal(labels.pixels, before)                             # SPR begins in epoch 2
     usod.train_epoch(2, net, optimiser, bank, labels, 2, args)
     photos = bank.images(torch.arange(8))                                 # none is flipped here
     s = 0.05 + 0.9 * photos[:, :1]
-    want = 0.2 * usod.pixel_refiner(photos, s) + 0.6 * s + 0.2 * before / 255
+    want = 0.2 * usod.pixel_refiner(photos, s) / 1.01 ** 6 + 0.6 * s + 0.2 * before / 255
     assert (labels.pixels / 255 - want).abs().max() < 0.51 / 255 + 1e-5
     flips = torch.rand(8, generator=generator("cpu", 0, "flip", 2)) < 0.5
     assert flips.any() and not flips.all()                                # both ways were seen

@@ -123,5 +123,5 @@ def test_corner_sign_equals_the_released_one():
 def test_pixel_refiner_equals_the_released_one(output, iterations):
     """PAR does not see the scale of the colours: theirs are normalised, ours are not."""
     s = torch.sigmoid(recipe.logits("par_mask", (2, 1, 48, 64)))
-    refined = usod.pixel_refiner(recipe.photos("par", 48, 64), s, iterations, released=True)
+    refined = usod.pixel_refiner(recipe.photos("par", 48, 64), s, iterations)
     assert recipe.error("a2s_v3_par", output, refined) < 2e-5
