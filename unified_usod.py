@@ -279,9 +279,9 @@ class Detector(nn.Module):
             nn.ModuleList(map(partial(conv, size=1), encoder.channels[1:], widths[1:]))
             for encoder in self.encoders)
         self.global_info = GlobalInfo(2 * c5, c5)
-        below = widths[1:]
+        below = (c2, c3, c4, c5)
         self.chains = nn.ModuleList(
-            nn.ModuleList(Fusion(below[level], widths[level], c5, inner) for level in range(4))
+            nn.ModuleList(Fusion(*pair, c5, inner) for pair in zip(below, widths))
             for _ in self.encoders)
         self.gate = ChannelGate(2 * widths[0])
         self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1)
@@ -303,9 +303,9 @@ class Detector(nn.Module):
         context = self.global_info(torch.cat([levels[0][4], levels[1][4]], 1))
         before = [(context, levels[1][4]), (context, levels[0][4])]      # (own, the other's)
         for level in (3, 2, 1, 0):
-            maps = [chain[level](*pair, taps[level], context)
-                    for chain, pair, taps in zip(self.chains, before, levels)]
-            before = [tuple(maps), tuple(maps[::-1])]
+            maps = [chain[level](own, other, taps[level], context)
+                    for chain, (own, other), taps in zip(self.chains, before, levels)]
+            before = [maps, maps[::-1]]
         inputs = (self.gate(torch.cat(maps, 1)), *maps, context)
         return [head(x).float() for head, x in zip(self.heads, inputs)]
 
