@@ -11,11 +11,11 @@ Stage 2 trains a two-stream detector on the labels of all tasks together, and me
 it learns: with its own prediction and with that prediction snapped to edges. --transfer carries
 stage 1 to video or remote sensing: only an adapter beside its deepest block is trained.
 
-    photo -> encoder -> E3 E4 E5 -> T -> F -> theta -> Otsu, CRF, median -> G
-             frozen           E5 -> Ta (transfer) | L_pcl-sd + 0.05 L_btm + L_sc  |
-    photo    -> encoder -> levels -> chain 1 \\                                    v
-                            global map  ><    -> S <- L_iou + L_ms               -> G
-    modality -> encoder -> levels -> chain 2 /   G := 0.2 PAR(photo, S) + 0.6 S + 0.2 G
+    photo -> encoder -> E3 E4 E5 -> T (+ Ta) -> F -> theta -> Otsu, CRF, median -> G
+             frozen               L_pcl-sd + 0.05 L_btm + L_sc
+    photo    -> encoder -> levels -> chain 1 --+
+                            global map --------+--> S <- L_iou + L_ms -> G
+    modality -> encoder -> levels -> chain 2 --+         G := 0.2 PAR(photo, S) + 0.6 S + 0.2 G
 
 Usage
     python unified_usod.py                                     # built-in shapes, no download
@@ -26,9 +26,8 @@ Usage
     python unified_usod.py --data photos/ --predict photos/    # with the network just trained
     torchrun --nproc_per_node=4 unified_usod.py --data DUTS-TR+RGBD-TR+VT5000-TR
 
-Results. Paper (MoCo v2 ResNet-50, one RTX 3090), F / MAE: ECSSD .923 / .038, NJUD .876 / .049,
-VT5000 .843 / .038; carried over, DAVIS .793 / .030, ORSSD .726 / .053. Ours at that size: not run.
-At small scale: README.
+Results. Paper (MoCo v2 ResNet-50, RTX 3090), F / MAE: ECSSD .923 / .038, NJUD .876 / .049, VT5000
+.843 / .038; carried over, DAVIS .793 / .030. Ours: not run; at small scale: README.
 
 Departures. The paper is the default. Where it is silent the released code is followed: first level
 after a pooling, corner rule for the sign, Otsu's threshold, half weight for the second scale and
@@ -44,12 +43,11 @@ a tenth of the rate then, modality not normalised, SPR from epoch 2 on, MoCo v2 
  D6 both scales take the sign of the first; released: each its own, and they may contradict.
  D7 BatchNorm of what is pretrained or frozen keeps its statistics, as in a2s.py; released: batch.
 Ours in both cases:
- D8 PAR is that of AFA, which the paper cites (32 neighbours, 6 iterations, as released); Eqs. 5 and
-    7 leave out its square, its dilations, and its iterations.
+ D8 PAR is AFA's, which the paper cites (as released); Eqs. 5 and 7 leave out its square, its
+    dilations, and its iterations.
  D9 L_sc is a mean square, as released; the paper writes a norm.
- D10 a batch without a boundary has L_btm 0; released: not a number.
- D11 the label bank holds 8 bits per pixel.
- D12 of several processes each has its own boundaries in L_btm, and statistics in the detector.
+ D10 a batch without a boundary has L_btm 0 (released: not a number); labels have 8 bits.
+ D11 of several processes each has its own boundaries in L_btm, and statistics in the detector.
 Not implemented: the released code's adapter in the detector, whose training crashes there; as in
 its README, transfer trains a new detector on the target's labels (Fig. 2).
 
@@ -73,7 +71,7 @@ from common.runtime import UserError, autocast, generator, progress, save_png
 METHOD = "unified_usod"
 PAPER = {"epochs": (20, 10), "lr": (0.1, 0.005), "batch_size": 8, "size": 320, "width": 1.0,
          "backbone": "resnet50", "sxy": 50.0, "srgb": 5.0}
-SHAPES = {"epochs": (1, 2), "lr": (0.1, 0.01), "batch_size": 8, "size": 128, "width": 0.125,
+SHAPES = {"epochs": (1, 3), "lr": (0.1, 0.05), "batch_size": 8, "size": 128, "width": 0.125,
           "backbone": "tiny", "sxy": 100.0, "srgb": 20.0}
 FIXED = ("backbone", "pixels", "borders", "sign")  # flags that a checkpoint decides on
 FREE = ("size", "width", "sxy", "srgb")            # ... unless they are given
@@ -451,14 +449,10 @@ def curriculum(time: float, args: argparse.Namespace) -> tuple[float, float]:
     return hard, 2 ** (1 - (ec - args.released) / et) if args.power == "annealed" else 1.0
 
 
-def set_rate(stage: int, optimiser: torch.optim.Optimizer, time: float,
-             args: argparse.Namespace) -> None:
-    """The learning rates after `time` epochs, a fraction."""
-    rate = args.lr[stage - 1]
-    if stage == 1 or args.released:                                      # D4
-        rate *= 1 - 0.8 * time / args.epochs[stage - 1]
-    for group in optimiser.param_groups:
-        group["lr"] = rate * group["scale"]
+def rate(stage: int, time: float, args: argparse.Namespace) -> float:
+    """Learning rate after `time` epochs, a fraction."""
+    falling = stage == 1 or args.released                                # D4
+    return args.lr[stage - 1] * (1 - 0.8 * falling * time / args.epochs[stage - 1])
 
 
 def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank,
@@ -471,7 +465,8 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
     for index, flip in progress(batches(order, batch, args.seed, epoch, world),
                                 f"stage {stage} epoch {epoch}", len(order) // batch):
         time = epoch - 1 + steps * batch / len(order)
-        set_rate(stage, optimiser, time, args)
+        for group in optimiser.param_groups:
+            group["lr"] = rate(stage, time, args) * group["scale"]
         pair, has = read_pair(bank, index, flip)                         # [B, 6, S, S], [B]
         scales = [pair]
         if args.multi_scale == "on":
@@ -584,7 +579,7 @@ def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6) -> Tensor:
     """
     near = around(image)                                                 # [B, 3, 32, H, W]
     spread = (near - near.mean(2, keepdim=True)).square().sum(2, keepdim=True).div(31).sqrt()
-    colour = (near - image[:, :, None]) / (spread + 1e-8) / 0.3          # .std() is 5 times slower
+    colour = (near - image[:, :, None]) / (spread + 1e-8) / 0.3          # near.std(2) is slow
     steps = torch.tensor([1.0, 2.0, 4.0, 8.0], device=image.device)[:, None]
     ring = torch.tensor([2, 1, 2, 1, 1, 2, 1, 2], device=image.device).sqrt()
     place = (steps * ring).flatten()                                     # [32]
@@ -607,8 +602,7 @@ def rectify(image: Tensor, s: Tensor, g: Tensor, weights: list[float],
 # ---- Evaluation and prediction -------------------------------------------------------------------
 @torch.no_grad()
 def forward(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
-    """Saliency logit [B, 1, H, W] of either stage's network, in eval mode. image: [B, 6, H, W], or
-    [B, 3, H, W] for stage 1."""
+    """Saliency logit [B, 1, H, W] of either stage's network, in eval mode. image: [B, 6, H, W]"""
     net.eval()
     with autocast(args.device, args.amp):
         out = net(image)[0]

@@ -189,6 +189,17 @@ def test_flags_of_the_pseudo_labels_change_them(extra):
     assert not torch.equal(labels(*extra), labels())
 
 
+def test_encoders_rest_in_epoch_1_and_move_slowly_later(base, tmp_path):
+    states = [variant(base, tmp_path, 2, i, ["--epochs", epochs])["model"]
+              for i, epochs in enumerate(("1", "2"))]
+    start = backbone("tiny").state_dict()
+    for stream in (0, 1):
+        first, later = ({key: state[f"encoders.{stream}.{key}"] for key in start}
+                        for state in states)
+        assert all(torch.equal(first[key], start[key]) for key in start)
+        assert not torch.equal(later["levels.4.0.weight"], start["levels.4.0.weight"])
+
+
 def test_spr_changes_labels_from_epoch_2_on_and_no_weights_leave_them(base, tmp_path):
     kept = {epochs: variant(base, tmp_path, 2, epochs, ["--epochs", epochs])["labels"].int()
             for epochs in ("1", "2")}
