@@ -70,6 +70,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--watch", type=int, default=0, metavar="N",
                      help="score N photos of the first --eval set after every epoch: to look at, "
                      "never to choose an epoch by [0]")
+    parser.set_defaults(pairs=False)  # True: the networks see a photo and its modality, `stack`
 
 
 def prepare(args: argparse.Namespace, method: str) -> None:
@@ -169,16 +170,26 @@ def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[s
 Forward = Callable[[Tensor], Tensor]
 
 
+def stack(samples: list[dict], args: argparse.Namespace) -> Tensor:
+    """Images [B, 3, S, S] in [0, 1] on the device; with args.pairs [B, 6, S, S], each followed by
+    its modality, or by itself for want of one."""
+    parts = [[s["image"] for s in samples]]
+    if args.pairs:
+        parts += [[s["image"] if s.get("modality") is None else s["modality"] for s in samples]]
+    small = [torch.stack([TF.resize(x, [args.size] * 2, antialias=True) for x in part])
+             for part in parts]
+    return torch.cat(small, 1).to(args.device).float() / 255
+
+
 def batches_of(dataset: Dataset, args: argparse.Namespace,
                text: str) -> Iterator[tuple[list[dict], Tensor]]:
-    """This process's share of a set: samples, and images [B, 3, S, S] in [0, 1] on the device."""
+    """This process's share of a set: samples, and what the networks see of them, see `stack`."""
     count = min(len(dataset), 2 * args.batch_size) if args.dry_run else len(dataset)
     index = args.world.share(range(count))
     chunks = [index[i:i + args.batch_size] for i in range(0, len(index), args.batch_size)]
     for chunk in progress(chunks, text):
         samples = list(runtime.parallel_map(dataset.__getitem__, chunk))
-        small = [TF.resize(s["image"], [args.size, args.size], antialias=True) for s in samples]
-        yield samples, torch.stack(small).to(args.device).float() / 255
+        yield samples, stack(samples, args)
 
 
 def at_size(logit: Tensor, sample: dict) -> Tensor:
@@ -273,14 +284,14 @@ class Watch:
         """Save image, map and truth of six photos; return their scores if --watch asks for them."""
         if not self.samples:
             return {}
-        metrics, rows, size = Metrics(wf=False), [], [self.args.size] * 2
+        metrics, rows = Metrics(wf=False), []
         for at in range(0, len(self.samples), self.args.batch_size):
             part = self.samples[at:at + self.args.batch_size]
-            images = torch.stack([TF.resize(s["image"], size, antialias=True) for s in part]) / 255
-            for sample, image, logit in zip(part, images, forward(images.to(self.args.device))):
+            images = stack(part, self.args)
+            for sample, image, logit in zip(part, images, forward(images)):
                 pred = finish(logit, sample, False)
                 metrics.add(pred, sample["mask"][0] > 127)
-                rows.append([image, pred[None] / 255, sample["mask"] / 255])
+                rows.append([image[:3], pred[None] / 255, sample["mask"] / 255])
         runtime.picture_strip(picture, rows[:6])
         scores = metrics.scores()
         return {"watch_F": scores["F_mean"], "watch_MAE": scores["MAE"]} if self.args.watch else {}

@@ -96,9 +96,11 @@ TERMS = dict.fromkeys(SOURCES, "none stated; cite the paper") | {
     "Flickr8k": "non-commercial research and education",
 }
 
-# The built-in sets: options of common.shapes.Shapes
-SHAPES = {"shapes": {}, "shapes-depth": {"modality": "depth"}, "shapes-video": {"modality": "flow"},
-          "shapes-thermal": {"modality": "thermal"}, "shapes-top": {"view": "top"}}
+# The built-in sets: options of common.shapes.Shapes. Each task has scenes of its own (seed), as the
+# public sets have: joint training is to see more photos, not the same ones again.
+SHAPES = {"shapes": {}, "shapes-depth": {"modality": "depth", "seed": 1},
+          "shapes-thermal": {"modality": "thermal", "seed": 2},
+          "shapes-video": {"modality": "flow", "seed": 3}, "shapes-top": {"view": "top"}}
 SHAPES |= {f"{name}-test": {**options, "split": "test"} for name, options in SHAPES.items()}
 
 

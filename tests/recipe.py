@@ -48,15 +48,24 @@ def grid(shape: tuple[int, ...]) -> list[np.ndarray]:
     return np.meshgrid(*[np.arange(n, dtype=np.float64) for n in shape], indexing="ij")
 
 
+def noise(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """White noise in [0, 1)."""
+    return unit("input:" + name, math.prod(shape)).reshape(shape)
+
+
+def waves(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Smooth waves with a little noise, in [0, 1]."""
+    b, c, y, x = grid(shape)
+    h, w = shape[2:]
+    wave = np.sin(2 * np.pi * (1.3 + 0.4 * (c % 3)) * x / w + 0.7 * b + 0.9 * (c // 3))
+    wave += np.cos(2 * np.pi * (0.9 + 0.3 * (c % 3)) * y / h - 0.5 * c)
+    return torch.from_numpy(0.5 + 0.22 * wave + 0.06 * (noise(name, shape) - 0.5)).float()
+
+
 def photos(name: str, h: int, w: int) -> torch.Tensor:
     """Two pictures [2, 3, h, w] in [0, 1]: white noise, and smooth waves with a little noise."""
     shape = (1, 3, h, w)
-    noise = unit("input:" + name, math.prod(shape)).reshape(shape)
-    b, c, y, x = grid(shape)
-    wave = np.sin(2 * np.pi * (1.3 + 0.4 * (c % 3)) * x / w + 0.7 * b + 0.9 * (c // 3))
-    wave += np.cos(2 * np.pi * (0.9 + 0.3 * (c % 3)) * y / h - 0.5 * c)
-    smooth = 0.5 + 0.22 * wave + 0.06 * (noise - 0.5)
-    return torch.from_numpy(np.concatenate([noise, smooth])).float()
+    return torch.cat([torch.from_numpy(noise(name, shape)).float(), waves(name, shape)])
 
 
 def disk(shape: tuple[int, ...]) -> torch.Tensor:
@@ -71,9 +80,9 @@ def logits(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Plausible logits for `disk`."""
     b, _, y, x = grid(shape)
     h, w = shape[2:]
-    noise = unit("input:" + name, math.prod(shape)).reshape(shape)
     distance = np.sqrt((y - (0.46 + 0.1 * b) * h) ** 2 + (x - (0.51 - 0.12 * b) * w) ** 2)
-    return torch.from_numpy((0.30 * min(h, w) - distance) / 5 + 1.5 * (2 * noise - 1)).float()
+    values = (0.30 * min(h, w) - distance) / 5 + 1.5 * (2 * noise(name, shape) - 1)
+    return torch.from_numpy(values).float()
 
 
 def reference(name: str) -> tuple[dict, dict]:
