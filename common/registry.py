@@ -96,7 +96,8 @@ TERMS = dict.fromkeys(SOURCES, "none stated; cite the paper") | {
 
 # The built-in sets: options of common.shapes.Shapes
 SHAPES = {"shapes": {}, "shapes-depth": {"modality": "depth"}, "shapes-video": {"modality": "flow"},
-          "shapes-thermal": {"modality": "thermal"}, "shapes-top": {"view": "top"}}
+          "shapes-thermal": {"modality": "thermal"}, "shapes-top": {"view": "top"},
+          "shapes-named": {"named": True}, "shapes-named-60": {"named": True, "count": 60}}
 SHAPES |= {f"{name}-test": {**options, "split": "test"} for name, options in SHAPES.items()}
 
 

@@ -1,0 +1,1052 @@
+"""SDG-SOD: Semantic Distillation Guided Salient Object Detection: captions guide a transformer.
+
+Xu, Liu, Huang, Lu, Li, Guo: "Semantic Distillation Guided Salient Object Detection", 2022 (arXiv).
+No code was ever released; this is written from the paper, and from what the paper builds on:
+SegFormer (encoder, decoder), VirTex (captioner) and F3Net (loss).
+
+People who describe a photo name what is salient in it, and captions are cheaper than masks. So a
+captioner is trained on its own; for every word that it writes, the cross-attention of its decoder
+tells where it looked. The sum of these maps over the caption, one 7 x 7 map per photo, multiplies
+the features of a saliency transformer at four scales (Eq. 3), which is then fine-tuned. As resizing
+is linear, resized maps need not be summed: the sum is resized, and 49 numbers per photo, computed
+once by the frozen captioner, are all the guidance that training needs.
+
+    image -> MiT -> F1 F2 F3 F4 --------------> x --> xi --> + --> all-MLP decoder -> saliency logit
+                      \\________________________|____________/
+    image -> CNN -> 7 x 7 grid -> decoder -> attention M1 ... MT -> normalise(sum Mj), resized
+                                     |
+                                     "a man with an umbrella"
+
+Usage
+    python sdg_sod.py                                   # built-in shapes, no download, minutes
+    python sdg_sod.py --data DUTS-TR --captions COCO-captions --encoder-weights mit_b3.pth
+    python sdg_sod.py --stage sod --data coco-sod/ --epochs 30 --out runs/coco   # pre-training, then
+    python sdg_sod.py --data DUTS-TR --pretrained runs/coco/sod/last.pt          # rows with a "+"
+    python sdg_sod.py --stage guide --data DUTS-TR --captioner bicaptioning_R_50_L1_H2048.pth
+    python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
+    torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR
+
+Stages: sod (the PVT-SOD branch), caption (the captioner), guide (both joined, fine-tuned), control
+(fine-tuned for as long without guidance: what to compare guide with; default only on shapes).
+
+Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 / .030, SDG-SOD
+.905 / .878 / .943 / .027, with COCO pre-training .911 / .889 / .946 / .026. Ours at that size: not
+run. At small scale: README.
+
+Departures, and choices where the paper is silent:
+ D1 "PVT" is SegFormer's MiT: overlapping patches, no position code, R = 64 16 4 1 fit it alone.
+    Its weights (segmentation, ADE20K) are given as a file; layers 2 2 2 2 are taken for mit_b1.
+ D2 the decoder is SegFormer's (width 256 or 768, fused by a layer with BatchNorm); --decoder
+    literal is the text's single layer.
+ D3 F3Net's loss with both terms weighted, as its paper says; --bce coded: its code, in which a
+    misspelt argument cancels the weights of the cross-entropy.
+ D4 AdamW, weight decay 0.01 (none on norms and biases), warm-up, linear decay, batches of 16:
+    SegFormer's recipe. Flips, and crops of up to an eighth of each side, as F3Net.
+ D5 the captioner learns with AdamW, from flips alone (left and right change places in the words);
+    VirTex uses SGD with Lookahead, crops and colours. BatchNorm keeps pretrained statistics.
+ D6 its vocabulary are the 10,000 most frequent words, not sub-word pieces.
+ D7 the map of a word is the attention of the step that predicts it (--attn-row read: that reads
+    it), mean of the heads, last layer, forward direction, without start and end.
+ D8 normalise (Eq. 3) stretches each map to [0, 1]; others with --attn-norm.
+ D9 xi starts at 0: guidance starts as the network that was trained without it.
+ D10 a mirrored or cropped photo takes its map mirrored or cropped; it is not described anew
+    (--live: it is).
+ --released: D3's code, and VirTex's beam search, which from its second step on forgets to feed the
+    start token.
+Not implemented: the annotation tool for COCO (Appendix A).
+
+Shapes: B batch, H W input size, h w feature size, C channels, T words, V vocabulary. Images are in
+[0, 1].
+"""
+import argparse
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.ops import roi_align
+from torchvision.transforms.v2 import functional as TF
+
+from common import harness, runtime
+from common.backbones import PIXELS, backbone, read_weights
+from common.bank import Bank, batches, epoch_order
+from common.datasets import open_set
+from common.runtime import UserError, autocast, generator, progress, save_json, save_png
+
+STAGES = ("sod", "caption", "guide", "control")
+PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
+         "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "captions": "COCO-captions"}
+SHAPES = {"epochs": (24, 30, 8, 8), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
+          "encoder": "mit_tiny", "backbone": "tiny", "hidden": 128, "captions": None}
+PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S"]  # Table 1
+MIT = {  # channels, layers, heads of the four stages, width of the decoder
+    "mit_tiny": ((24, 48, 96, 128), (1, 1, 2, 1), (1, 2, 4, 4), 64),
+    "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), 256),
+    "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), 256),
+    "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), 768),
+    "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3), (1, 2, 5, 8), 768)}
+PAD, START, END = 0, 1, 2  # of every vocabulary
+LENGTH, GRID = 30, 224     # most tokens of a caption; the captioner's input, which gives 7 x 7 cells
+
+
+# ---- Config --------------------------------------------------------------------------------------
+def build_parser() -> argparse.ArgumentParser:
+    """All flags. A default of None is the paper's value, or the small preset's on shapes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     epilog="The docstring of this file explains the method.")
+    method = parser.add_argument_group("method")
+    method.add_argument("--stage", choices=STAGES, help="one stage only [sod, caption, guide]")
+    method.add_argument("--released", action="store_true", help="D3 and beam search as in code")
+    method.add_argument("--encoder", choices=MIT, help="of the saliency network, Table 2 [mit_b3]")
+    method.add_argument("--encoder-weights", metavar="FILE", help="MiT's weights, or none")
+    method.add_argument("--decoder", choices=("mlp", "literal", "psp", "aspp", "apc", "ann"),
+                        default="mlp", help="Table 4, and see D2 [mlp]")
+    method.add_argument("--width", type=harness.positive, help="channels of the decoder")
+    method.add_argument("--bce", choices=("weighted", "coded"), help="see D3 [weighted]")
+    method.add_argument("--crop", type=float, default=0.125, metavar="SHARE",
+                        help="most that is cut from either axis in training [0.125]")
+    method.add_argument("--pretrained", metavar="FILE", help="checkpoint that stage sod starts from")
+    guide = parser.add_argument_group("guidance")
+    guide.add_argument("--sod", metavar="FILE", help="its checkpoint [<out>/sod/last.pt]")
+    guide.add_argument("--captioner", metavar="FILE",
+                       help="its checkpoint, or VirTex's [<out>/caption/last.pt]")
+    guide.add_argument("--scales", type=int, nargs="+", choices=(1, 2, 3, 4), default=[1, 2, 3, 4],
+                       help="guided scales, 1 is the finest, Table 3 [1 2 3 4]")
+    guide.add_argument("--attn-norm", choices=("minmax", "max", "mean", "l1"), default="minmax",
+                       help="normalise in Eq. 3, see D8 [minmax]")
+    guide.add_argument("--attn-row", choices=("predict", "read"), default="predict", help="see D7")
+    guide.add_argument("--xi-init", choices=("zero", "normal"), default="zero", help="see D9")
+    guide.add_argument("--maps", choices=("own", "other"), default="own",
+                       help="other: train with another photo's map, to see if it matters [own]")
+    guide.add_argument("--live", action="store_true", help="describe photos anew in every step")
+    words = parser.add_argument_group("captioner")
+    words.add_argument("--captions", metavar="SET", help="captioned photos [COCO-captions]")
+    words.add_argument("--hidden", type=harness.positive, help="H, a multiple of 64 [1024]")
+    words.add_argument("--layers", type=harness.positive, default=1, help="of its decoder [1]")
+    words.add_argument("--beam", type=harness.positive, default=5, help="1 is greedy [5]")
+    words.add_argument("--vocabulary", metavar="FILE",
+                       help="VirTex's pieces, one per line (SentencePiece's .vocab)")
+    words.add_argument("--words", action="store_true",
+                       help="--predict also draws the caption and where each word looks, Fig. 9")
+    harness.add_flags(parser)
+    return parser
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
+    small = args.data.startswith("shapes")
+    for name, value in (SHAPES if small else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    # one number on the command line serves all stages
+    args.epochs, args.lr = (v if isinstance(v, tuple) else (v,) * 4 for v in (args.epochs, args.lr))
+    args.captions = args.captions or args.data
+    args.width = args.width or MIT[args.encoder][3]
+    args.bce = args.bce or ("coded" if args.released else "weighted")    # D3
+    if args.hidden % 64:
+        raise UserError(f"--hidden {args.hidden} is not a multiple of 64, the width of a head")
+    if not 0 <= args.crop < 1:
+        raise UserError(f"--crop {args.crop} is not a share from 0 to less than 1")
+    if args.eval is None and args.data == "DUTS-TR":
+        args.eval = harness.present(PAPER_SETS, args.data_root)
+    elif args.eval is None:
+        args.eval = [f"{args.data.split('@')[0]}-test"] if small else []
+    if small:
+        print("preset for shapes: " + ", ".join(f"{name} {getattr(args, name)}" for name in SHAPES))
+
+
+# ---- Model: the PVT-SOD branch -------------------------------------------------------------------
+class Attention(nn.Module):
+    """Efficient self-attention: keys and values from a grid with R times fewer cells."""
+
+    def __init__(self, channels: int, heads: int, side: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+        if side > 1:  # Eq. 1's reshape and linear layer are a convolution whose stride is its size
+            self.sr, self.norm = nn.Conv2d(channels, channels, side, side), nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, h, w, C]"""
+        b, h, w, c = x.shape
+        q = self.q(x).view(b, h * w, self.heads, -1).transpose(1, 2)     # [B, heads, hw, d]
+        if hasattr(self, "sr"):
+            x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # Eq. 1, R = side^2
+        k, v = self.kv(x).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)                      # Eq. 2
+        return self.proj(x.transpose(1, 2).reshape(b, h, w, c))
+
+
+class MixFFN(nn.Module):
+    """Linear, depthwise convolution (which tells a token its place), GELU, linear."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.dwconv = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, h, w, C]"""
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2))
+        return self.fc2(F.gelu(x).permute(0, 2, 3, 1))
+
+
+class Block(nn.Module):
+    """Attention and MixFFN, each on a normalised input, each dropped for some images in training"""
+
+    def __init__(self, channels: int, heads: int, side: int, drop: float):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(channels, 1e-6), nn.LayerNorm(channels, 1e-6)
+        self.attn, self.mlp = Attention(channels, heads, side), MixFFN(channels)
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, h, w, C]"""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def drop_path(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop == 0:
+            return x
+        return x * (torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop) / (1 - self.drop)
+
+
+class Stage(nn.Module):
+    """Overlapping patches of the map before, blocks, LayerNorm."""
+
+    def __init__(self, before: int, channels: int, heads: int, side: int, drops: list[float]):
+        super().__init__()
+        size, stride = (7, 4) if before == 3 else (3, 2)
+        self.proj = nn.Conv2d(before, channels, size, stride, size // 2)
+        self.norm_in, self.norm_out = nn.LayerNorm(channels), nn.LayerNorm(channels, 1e-6)
+        self.blocks = nn.ModuleList(Block(channels, heads, side, drop) for drop in drops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C', h', w'] -> [B, C, h, w]"""
+        x = self.norm_in(self.proj(x).permute(0, 2, 3, 1))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm_out(x).permute(0, 3, 1, 2)
+
+
+class MiT(nn.Module):
+    """SegFormer's Mix Transformer (D1): four maps at strides 4, 8, 16, 32."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.channels, layers, heads, _ = MIT[name]
+        drops, before = torch.linspace(0, 0.1, sum(layers)).split(layers), (3, *self.channels)
+        self.stages = nn.ModuleList(
+            Stage(before[i], self.channels[i], heads[i], (8, 4, 2, 1)[i], drops[i].tolist())
+            for i in range(4))
+        for name, value in zip(("mean", "std"), PIXELS["imagenet"]):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+        self.apply(initialise)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] in [0, 1] -> F1 ... F4, [B, C_i, H / 2^(i+1), W / 2^(i+1)]."""
+        x, features = (image - self.mean) / self.std, []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+def initialise(module: nn.Module) -> None:
+    """SegFormer's random start."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan = module.out_channels * module.kernel_size[0] ** 2 / module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan))
+        nn.init.zeros_(module.bias)
+
+
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """Bilinear, to the height and width of `like`."""
+    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+
+class Guidance(nn.Module):
+    """Eq. 3 at some scales: F + xi(F * normalise(sum of the resized maps)).
+
+    scales: from 1, the finest. kind: minmax, max, mean (divided by T), l1 (mean of 1), see D8.
+    """
+
+    def __init__(self, channels: tuple[int, ...], scales: list[int], kind: str, zero: bool = True):
+        super().__init__()
+        self.kind = kind
+        self.xi = nn.ModuleDict({str(i): nn.Conv2d(channels[i - 1], channels[i - 1], 1)
+                                 for i in sorted(set(scales))})
+        for xi in self.xi.values():
+            nn.init.zeros_(xi.weight) if zero else nn.init.trunc_normal_(xi.weight, std=0.02)
+            nn.init.zeros_(xi.bias)
+
+    def forward(self, features: list[Tensor], m: Tensor) -> list[Tensor]:
+        """F1 ... F4 and the sum of a caption's maps [B, 1, 7, 7] -> guided F1 ... F4."""
+        guided = list(features)
+        for i, xi in self.xi.items():
+            f = features[int(i) - 1]
+            guided[int(i) - 1] = f + xi(f * self.normalise(resize(m, f)))
+        return guided
+
+    def normalise(self, m: Tensor) -> Tensor:
+        """[B, 1, h, w], not negative, to the same; a map that is 0 everywhere, or flat, to 0."""
+        mean, top = m.mean((2, 3), keepdim=True), m.amax((2, 3), keepdim=True)
+        low = m.amin((2, 3), keepdim=True) if self.kind == "minmax" else 0
+        # a word's map sums to 1 over 49 cells: 49 times the mean of the sum is T
+        scale = {"minmax": top - low, "max": top, "l1": mean, "mean": 49 * mean}[self.kind]
+        return (m - low) / scale.clamp(min=1e-6)
+
+
+def conv(before: int, after: int, size: int = 1, dilation: int = 1) -> nn.Sequential:
+    """Convolution, BatchNorm, ReLU."""
+    return nn.Sequential(nn.Conv2d(before, after, size, padding=size // 2 * dilation,
+                                   dilation=dilation, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+
+
+class MLPDecoder(nn.Module):
+    """All-MLP decoder: a linear layer per scale, resized to 1/4, concatenated, fused (D2)."""
+
+    def __init__(self, channels: tuple[int, ...], width: int, literal: bool = False):
+        super().__init__()
+        self.linear = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.fuse = nn.Identity() if literal else nn.Sequential(conv(4 * width, width),
+                                                                nn.Dropout2d(0.1))
+        self.predict = nn.Conv2d(4 * width if literal else width, 1, 1)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """F1 ... F4 -> logit [B, 1, H/4, W/4]"""
+        levels = [resize(linear(f), features[0]) for linear, f in zip(self.linear, features)]
+        return self.predict(self.fuse(torch.cat(levels[::-1], 1)))       # coarse to fine
+
+
+class Pool(nn.Module):
+    """Context of one pyramid level: mean over n x n regions, a convolution, resized back."""
+
+    def __init__(self, before: int, after: int, n: int):
+        super().__init__()
+        self.n, self.conv = n, conv(before, after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resize(self.conv(F.adaptive_avg_pool2d(x, self.n)), x)
+
+
+class Affinity(nn.Module):
+    """APCNet's context: each pixel weighs n x n regions by a sigmoid of itself and the mean."""
+
+    def __init__(self, before: int, after: int, n: int):
+        super().__init__()
+        self.n, self.reduce, self.region = n, conv(before, after), conv(before, after)
+        self.mix, self.weigh = conv(after, after), nn.Conv2d(after, n * n, 1)
+        self.back, self.fuse = conv(after, after), conv(after, after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        regions = self.region(F.adaptive_avg_pool2d(x, self.n)).flatten(2)   # [B, C, nn]
+        x = self.reduce(x)                                               # [B, C, h, w]
+        affinity = torch.sigmoid(self.weigh(self.mix(x + x.mean((2, 3), keepdim=True))))
+        return self.fuse(x + self.back((regions @ affinity.flatten(2)).view_as(x)))
+
+
+class NonLocal(nn.Module):
+    """ANNet's attention: from each pixel of `x` to the mean of 1 + 9 + 36 + 64 regions of `low`."""
+
+    def __init__(self, before: int, low: int, after: int):
+        super().__init__()
+        self.q, self.k, self.v = conv(before, 256), conv(low, 256), nn.Conv2d(low, 256, 1)
+        self.fuse = conv(256 + before, after)
+
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
+        k, v = (torch.cat([F.adaptive_avg_pool2d(f, n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
+                for f in (self.k(low), self.v(low)))                     # [B, 110, 256]
+        context = F.scaled_dot_product_attention(self.q(x).flatten(2).mT, k, v)
+        context = context.mT.unflatten(2, x.shape[2:])                   # [B, 256, h, w]
+        return self.fuse(torch.cat([context, x], 1))
+
+
+class ContextDecoder(nn.Module):
+    """The rivals of Table 4, as in mmsegmentation; the paper gives no settings.
+
+    psp, aspp and apc see the four scales resized to 1/8 and concatenated (a map at 1/32 alone could
+    not reach their scores), ann the scales 3 and 4.
+    """
+
+    def __init__(self, kind: str, channels: tuple[int, ...], width: int):
+        super().__init__()
+        self.kind, total = kind, sum(channels)
+        if kind == "ann":
+            self.across = NonLocal(channels[3], channels[2], channels[3])
+            self.bottleneck, self.within = conv(channels[3], width, 3), NonLocal(width, width, width)
+        else:
+            atrous = [Pool(total, width, 1), conv(total, width),
+                      *(conv(total, width, 3, dilation) for dilation in (12, 24, 36))]
+            self.contexts = nn.ModuleList(atrous if kind == "aspp" else [
+                (Pool if kind == "psp" else Affinity)(total, width, n) for n in (1, 2, 3, 6)])
+            self.bottleneck = conv(5 * width if kind == "aspp" else total + 4 * width, width, 3)
+        self.predict = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(width, 1, 1))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """F1 ... F4 -> logit [B, 1, H/8, W/8], of ann [B, 1, H/32, W/32]"""
+        if self.kind == "ann":
+            x = self.bottleneck(self.across(features[3], features[2]))
+            return self.predict(self.within(x, x))
+        x = torch.cat([resize(f, features[1]) for f in features], 1)
+        seen = [context(x) for context in self.contexts]
+        return self.predict(self.bottleneck(torch.cat(seen if self.kind == "aspp" else [x, *seen],
+                                                      1)))
+
+
+class SDGSOD(nn.Module):
+    """The saliency network; with a captioner also its guidance, without one PVT-SOD."""
+
+    def __init__(self, encoder: MiT, decoder: nn.Module, guidance: Guidance | None = None,
+                 captioner: "Captioner | None" = None):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.guidance, self.captioner = guidance, captioner
+        if captioner is not None:
+            captioner.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "SDGSOD":
+        """As in torch, but the captioner is frozen."""
+        super().train(mode)
+        if self.captioner is not None:
+            self.captioner.eval()
+        return self
+
+    def forward(self, image: Tensor, m: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], summed maps [B, 1, 7, 7] (None: describe the images) ->
+        saliency logit [B, 1, H, W]."""
+        features = self.encoder(image)
+        if self.guidance is not None:
+            m = self.captioner.guidance(image) if m is None else m
+            features = self.guidance(features, m)
+        return resize(self.decoder(features).float(), image)
+
+
+# ---- Model: the semantically distilled guidance branch -------------------------------------------
+class DecoderLayer(nn.TransformerDecoderLayer):
+    """torch's layer with the norms last and GELU, which also returns where its words look."""
+
+    def __init__(self, hidden: int):
+        super().__init__(hidden, hidden // 64, 4 * hidden, batch_first=True)
+
+    def forward(self, x: Tensor, grid: Tensor, future: Tensor, padded: Tensor
+                ) -> tuple[Tensor, Tensor]:
+        """Words [B, T, H], grid [B, 49, H], masks [T, T], [B, T] -> [B, T, H], [B, T, 49]."""
+        a = self.self_attn(x, x, x, attn_mask=future, key_padding_mask=padded,
+                           need_weights=False)[0]
+        x = self.norm1(x + self.dropout1(a))
+        a, attention = self.multihead_attn(x, grid, grid)                # mean of the heads
+        x = self.norm2(x + self.dropout2(a))
+        a = self.linear2(self.dropout(F.gelu(self.linear1(x))))
+        return self.norm3(x + self.dropout3(a)), attention
+
+
+class Captioner(nn.Module):
+    """VirTex: a CNN, and a transformer that writes captions forward and backward.
+
+    words: the vocabulary [V]. The two directions share all but their layers, and the output shares
+    its weights with the embedding. row, beam, released: see D7, --beam, --released.
+    """
+
+    def __init__(self, encoder: nn.Module, words: list[str], hidden: int, layers: int = 1,
+                 row: str = "predict", beam: int = 5, released: bool = False):
+        super().__init__()
+        self.vocabulary, self.row, self.beam, self.released = words, row, beam, released
+        self.encoder, self.projection = encoder, nn.Linear(encoder.channels[-1], hidden)
+        self.words = nn.Embedding(len(words), hidden, padding_idx=PAD)
+        self.positions = nn.Embedding(LENGTH, hidden)
+        self.norm, self.dropout = nn.LayerNorm(hidden, 1e-8), nn.Dropout(0.1)
+        self.forwards, self.backwards = (
+            nn.ModuleList(DecoderLayer(hidden) for _ in range(layers)) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(len(words)))
+        for name, p in self.named_parameters():
+            if p.dim() > 1 and not name.startswith("encoder."):
+                nn.init.normal_(p, std=0.02)
+        nn.init.zeros_(self.words.weight[PAD].data)
+
+    def see(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> the grid G [B, 49, H]"""
+        if image.shape[2:] != (GRID, GRID):
+            image = F.interpolate(image, (GRID, GRID), mode="bilinear", antialias=True,
+                                  align_corners=False)
+        return self.projection(self.encoder(image)[-1].flatten(2).mT)
+
+    def read(self, grid: Tensor, tokens: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T] -> logits [B, T, V] of the next one, and cross-attention [B, T, 49]."""
+        t, padded = tokens.shape[1], tokens == PAD
+        x = self.words(tokens) + self.positions.weight[:t]
+        x = self.dropout(self.norm(x)) * ~padded[..., None]
+        future = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+        for layer in self.backwards if backward else self.forwards:
+            x, attention = layer(x, grid, future, padded)
+        return F.linear(x, self.words.weight, self.bias), attention
+
+    def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher forcing: logits [B, T, V] of the caption and of its mirror image."""
+        grid = self.see(image)
+        return self.read(grid, tokens)[0], self.read(grid, reverse(tokens), backward=True)[0]
+
+    @torch.no_grad()
+    def write(self, grid: Tensor) -> Tensor:
+        """Beam search: grid [B, 49, H] -> tokens [B, T], from the start token on.
+
+        As in VirTex: two successors per beam, no word twice in a row, no reward for length.
+        """
+        n, b = len(grid), self.beam
+        grid = grid.repeat_interleave(b, 0)                              # [B b, 49, H]
+        tokens = torch.full((n * b, 1), START, device=grid.device)
+        score = torch.full((n, b), -math.inf, device=grid.device)
+        score[:, 0] = 0                                                  # all beams are equal yet
+        for t in range(LENGTH):
+            shown = tokens[:, 1:] if self.released and t else tokens
+            p = self.read(grid, shown)[0][:, -1].float().log_softmax(1)  # [B b, V]
+            p = p.scatter(1, tokens[:, -1:], -math.inf) if t else p
+            ended = tokens[:, -1] == END
+            p[ended] = -math.inf
+            p[ended, END] = 0
+            p, word = p.topk(b if t == 0 else min(2, b))                 # [B b, k]
+            score, best = (score.view(-1, 1) + p).view(n, -1).topk(b)    # [B, b]
+            beam = best // p.shape[1] + b * torch.arange(n, device=grid.device)[:, None]
+            word = word.view(n, -1).gather(1, best)
+            tokens = torch.cat([tokens[beam.flatten()], word.view(-1, 1)], 1)
+            if (word == END).all():
+                break
+        return tokens[::b]                                               # the best of each image
+
+    @torch.no_grad()
+    def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] -> caption [B, T], and the map of every word [B, T, 7, 7].
+
+        Maps of anything but words are 0.
+        """
+        grid = self.see(image)
+        tokens = self.write(grid)
+        attention = self.read(grid, tokens[:, :LENGTH])[1].float()       # [B, <= 30, 49]
+        word = tokens[:, 1:]
+        rows = attention[:, :word.shape[1]] if self.row == "predict" else \
+            F.pad(attention[:, 1:], (0, 0, 0, word.shape[1] + 1 - attention.shape[1]))  # D7
+        maps = rows * (word > END)[..., None]
+        side = math.isqrt(maps.shape[2])
+        return word, maps.unflatten(2, (side, side))
+
+    def guidance(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the sum of the words' maps [B, 1, 7, 7]"""
+        return self.look(image)[1].sum(1, keepdim=True)
+
+    def text(self, word: Tensor) -> list[str]:
+        """[T] -> the words"""
+        return [self.vocabulary[w] for w in word.tolist() if w > END]
+
+
+def reverse(tokens: Tensor) -> Tensor:
+    """Captions [B, T] read backwards; the padding stays at the end."""
+    index = (tokens != PAD).sum(1, keepdim=True) - 1 - torch.arange(tokens.shape[1]).to(tokens)
+    return tokens.gather(1, index.clamp(min=0)) * (index >= 0)
+
+
+def split(caption: str) -> list[str]:
+    """'A man, sitting.' -> ['a', 'man', 'sitting']"""
+    return re.findall(r"[\w'-]*\w", caption.lower())
+
+
+def build_vocabulary(captions: list[list[str]]) -> list[str]:
+    """The 10,000 most frequent words of all captions, after the three special tokens."""
+    counts = Counter(word for texts in captions for text in texts for word in split(text))
+    most = sorted(counts, key=lambda word: (-counts[word], word))
+    return ["[PAD]", "[SOS]", "[EOS]", *most[:10_000 - 3]]
+
+
+def tokenise(captions: list[list[str]], words: list[str]) -> tuple[Tensor, Tensor]:
+    """Captions of N photos -> tokens [N, most captions, 30] and number of captions [N].
+
+    Words that are not in the vocabulary are left out; a long caption is cut and has no end.
+    """
+    number = {word: i for i, word in enumerate(words)}
+    tokens = torch.zeros(len(captions), max(map(len, captions)), LENGTH, dtype=torch.long)
+    for i, texts in enumerate(captions):
+        for k, text in enumerate(texts):
+            known = [number[word] for word in split(text) if word in number]
+            row = [START, *known, END][:LENGTH]
+            tokens[i, k, :len(row)] = torch.tensor(row)
+    return tokens, torch.tensor([len(texts) for texts in captions])
+
+
+# ---- Model: published weights --------------------------------------------------------------------
+NAMES = (  # MiT's weights as named by SegFormer and smp-hub (stages from 1), by Hugging Face and
+    # mmsegmentation (stages from 0) -> ours
+    (r"^(backbone|segformer\.encoder|encoder)\.", ""),
+    (r"^(patch_embed|block|norm)(\d)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}."),
+    (r"^patch_embed(?:dings)?\.(\d)\.proj", r"stages.\1.proj"),
+    (r"^patch_embed(?:dings)?\.(\d)\.(?:layer_)?norm", r"stages.\1.norm_in"),
+    (r"^layers\.(\d)\.0\.projection", r"stages.\1.proj"),
+    (r"^layers\.(\d)\.0\.norm", r"stages.\1.norm_in"),
+    (r"^(?:block\.(\d)|layers\.(\d)\.1)\.(?=\d)", r"stages.\1\2.blocks."),
+    (r"^(?:(?:layer_)?norm\.(\d)|layers\.(\d)\.2)\.(?!\d)", r"stages.\1\2.norm_out."),
+    (r"\.layer_norm_([12])\.", r".norm\1."), (r"\.attention\.output\.dense", ".attn.proj"),
+    (r"\.attention\.self\.layer_norm", ".attn.norm"), (r"\.attention\.self\.", ".attn."),
+    (r"\.attn\.query", ".attn.q"), (r"\.attn\.attn\.", ".attn."), (r"\.out_proj", ".proj"),
+    (r"\.mlp\.dense([12])", r".mlp.fc\1"), (r"\.dwconv\.dwconv", ".dwconv"),
+    (r"\.ffn\.layers\.0", ".mlp.fc1"), (r"\.ffn\.layers\.1", ".mlp.dwconv"),
+    (r"\.ffn\.layers\.4", ".mlp.fc2"))
+HEADS = ("head.", "decode_head.", "decoder.", "segmentation_head.", "auxiliary_head.", "classifier.")
+
+
+def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A MiT state dict in any of the four namings under our names; heads keep theirs."""
+    renamed = {}
+    for key, value in state.items():
+        for theirs, ours in NAMES:
+            key = re.sub(theirs, ours, key)
+        renamed[key] = value.flatten(1) if ".mlp.fc" in key and value.dim() == 4 else value
+    for key in list(renamed):
+        if ".attn.key." in key:                                          # Hugging Face
+            pair = renamed.pop(key), renamed.pop(key.replace("key", "value"))
+            renamed[key.replace("key", "kv")] = torch.cat(pair)
+        elif ".attn.in_proj_" in key:                                    # mmsegmentation
+            q, k, v = renamed.pop(key).chunk(3)
+            renamed[key.replace("in_proj_", "q.")] = q
+            renamed[key.replace("in_proj_", "kv.")] = torch.cat([k, v])
+    return renamed
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file: length of the header, header in JSON, numbers."""
+    try:
+        raw = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(raw[:8], "little")
+        kinds = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+        return {key: torch.frombuffer(raw, dtype=kinds[entry["dtype"]],
+                                      count=math.prod(entry["shape"]),
+                                      offset=start + entry["data_offsets"][0]).view(entry["shape"])
+                for key, entry in json.loads(raw[8:start]).items() if key != "__metadata__"}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a readable .safetensors file ({error!r})") from None
+
+
+def load_encoder(encoder: MiT, args: argparse.Namespace) -> None:
+    """Fill the encoder from --encoder-weights; raises `UserError` unless every key has its place"""
+    weights = args.encoder_weights or ("none" if args.encoder == "mit_tiny" else None)
+    if weights is None:
+        raise UserError(f"--encoder-weights: give a file with the weights of {args.encoder} (from "
+                        "smp-hub or nvidia on huggingface.co, or OpenMMLab), or none")
+    if weights != "none":
+        read = read_safetensors if weights.endswith(".safetensors") else read_weights
+        runtime.load_state(encoder, from_published(read(Path(weights))), weights, HEADS)
+
+
+def from_virtex(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """VirTex's state dict under our names; what its two directions share is kept once."""
+    names = {"visual.cnn.": "encoder.", "textual.visual_projection.": "projection.",
+             "textual.embedding.words.": "words.", "textual.embedding.positions.": "positions.",
+             "textual.embedding.layer_norm.": "norm.", "textual.transformer.layers.": "forwards.",
+             "textual.output.bias": "bias", "backward_textual.transformer.layers.": "backwards."}
+    renamed = {}
+    for key, value in state.items():
+        theirs = next((name for name in names if key.startswith(name)), None)
+        if theirs:
+            renamed[names[theirs] + key.removeprefix(theirs)] = value
+        elif key != "textual.output.weight" and not key.startswith("backward_textual."):
+            renamed[key] = value                             # unknown: load_state will say so
+    return renamed
+
+
+def load_captioner(path: Path, args: argparse.Namespace) -> Captioner:
+    """The captioner of a checkpoint, ours or VirTex's; sets the flags that describe it."""
+    saved = runtime.torch_load(path)
+    if "method" in saved:
+        state = harness.restore(path, "sdg_sod", args, CAPTIONER, ())["model"]
+    else:
+        state = from_virtex(saved.get("model", saved))
+        if "words.weight" not in state:
+            raise UserError(f"{path} holds no captioner; make one: python sdg_sod.py --stage "
+                            f"caption --captions {args.captions} --out {args.out}")
+        count, args.hidden = state["words.weight"].shape
+        args.layers = len({key.split(".")[1] for key in state if key.startswith("forwards.")})
+        args.backbone, args.pixels, args.borders = "resnet50", "imagenet", "zeros"
+        args.lexicon = read_vocabulary(args.vocabulary, count)
+    captioner = make_captioner(args, "none")
+    runtime.load_state(captioner, state, path)
+    return captioner
+
+
+def read_vocabulary(path: str | None, count: int) -> list[str]:
+    """The first column of a file of `count` lines; without a file words are numbers."""
+    if path is None:
+        return [str(i) for i in range(count)]
+    words = [line.split("\t")[0] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    if len(words) != count:
+        raise UserError(f"{path} has {len(words)} lines, but the captioner knows {count} words")
+    return words
+
+
+# ---- Losses --------------------------------------------------------------------------------------
+def structure_loss(logit: Tensor, g: Tensor, bce: str = "weighted") -> Tensor:
+    """F3Net's weighted BCE + weighted IoU of the logit and the mask g, [B, 1, H, W] (D3).
+
+    Weights: 1 + 5 |mean of g over 31 x 31 - g|, zeros beyond the border: pixels near edges count
+    more. bce "coded": the plain mean of the cross-entropy.
+    """
+    logit, g = logit.float(), g.float()
+    near = F.avg_pool2d(F.avg_pool2d(g, (31, 1), 1, (15, 0)), (1, 31), 1, (0, 15))
+    w, p = 1 + 5 * (near - g).abs(), torch.sigmoid(logit)
+    cross = F.binary_cross_entropy_with_logits(logit, g, reduction="none")
+    wbce = cross.mean() if bce == "coded" else (w * cross).sum((1, 2, 3)) / w.sum((1, 2, 3))
+    both, either = (w * p * g).sum((1, 2, 3)), (w * (p + g)).sum((1, 2, 3))
+    return (wbce + 1 - (both + 1) / (either - both + 1)).mean()
+
+
+def caption_loss(logits: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
+    """Cross-entropy of the next word, forward + backward: logits of both, [B, T, V]."""
+    return sum(F.cross_entropy(logit[:, :-1].float().flatten(0, 1), t[:, 1:].flatten(),
+                               ignore_index=PAD)
+               for logit, t in zip(logits, (tokens, reverse(tokens))))
+
+
+# ---- Training ------------------------------------------------------------------------------------
+CAPTIONER = ("backbone", "pixels", "borders", "hidden", "layers", "lexicon")
+Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+
+
+def make_captioner(args: argparse.Namespace, weights: str | None) -> Captioner:
+    """An untrained captioner on the CPU, its CNN filled as `backbone` does."""
+    encoder = backbone(args.backbone, weights, args.pixels, weights != "none", borders=args.borders)
+    return Captioner(encoder, args.lexicon, args.hidden, args.layers, args.attn_row, args.beam,
+                     args.released)
+
+
+def make_net(stage: str, args: argparse.Namespace, captioner: Captioner | None = None) -> SDGSOD:
+    """An untrained saliency network on the CPU; that of stage guide needs its captioner."""
+    encoder, guidance = MiT(args.encoder), None
+    channels = encoder.channels
+    if args.decoder in ("mlp", "literal"):
+        decoder = MLPDecoder(channels, args.width, args.decoder == "literal")
+    else:
+        decoder = ContextDecoder(args.decoder, channels, args.width)
+    if stage == "guide":
+        guidance = Guidance(channels, args.scales, args.attn_norm, args.xi_init == "zero")
+    return SDGSOD(encoder, decoder, guidance, captioner if stage == "guide" else None)
+
+
+def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD, int, Loss]:
+    """Network, number of images and loss of the stages sod, guide and control."""
+    dataset = open_set(args.data, args.data_root)
+    captioner = None
+    if stage == "guide":
+        captioner = load_captioner(Path(args.captioner or args.out / "caption" / "last.pt"), args)
+    net = make_net(stage, args, captioner)
+    if stage == "sod" and not args.pretrained:
+        load_encoder(net.encoder, args)
+    else:
+        path = Path(args.pretrained if stage == "sod" else args.sod or args.out / "sod" / "last.pt")
+        state = runtime.load_checkpoint(path, "sdg_sod", "sod")["model"]
+        new = {k: v for k, v in net.state_dict().items() if k.startswith(("guidance", "captioner"))}
+        runtime.load_state(net, {**new, **state}, path)
+    net.to(args.device)
+    bank = Bank(dataset, args.size, args.device, folder, parts=("image", "mask"))
+    if not bank.has["mask"].all():
+        raise UserError(f"--data {args.data}: not every picture has a mask")
+    maps = None
+    if stage == "guide" and not args.live:
+        maps = map_bank(net.captioner, bank, args)
+        maps = maps.roll(1, 0) if args.maps == "other" else maps
+
+    def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
+        image, mask, m = bank.images(index, flip), bank.masks(index, flip), None
+        box = draw_crops(len(index), args.crop, random).to(args.device)
+        if maps is not None:
+            m = maps[index.to(args.device)]
+            m = crop(torch.where(flip.to(args.device)[:, None, None, None], m.flip(3), m), box)
+        with autocast(args.device, args.amp):
+            logit = net(crop(image, box), m)
+        return structure_loss(logit, crop(mask, box), args.bce)
+    return net, len(bank), loss
+
+
+@torch.no_grad()
+def map_bank(captioner: Captioner, bank: Bank, args: argparse.Namespace) -> Tensor:
+    """The guidance of every image [N, 1, 7, 7], on the device: 49 numbers per image."""
+    captioner.eval()
+    mine, parts = args.world.share(torch.arange(len(bank))).split(args.batch_size), []
+    for index in progress(mine, "guidance"):
+        with autocast(args.device, args.amp):
+            parts.append(captioner.guidance(bank.images(index)).cpu())
+    maps = torch.empty(len(bank), *parts[0].shape[1:])
+    for rank, part in enumerate(args.world.gather(torch.cat(parts))):
+        maps[rank::args.world.size] = part
+    return maps.to(args.device)
+
+
+def draw_crops(count: int, share: float, random: torch.Generator) -> Tensor:
+    """`count` boxes (left, top, right, bottom) in [0, 1] that leave out up to `share` of an axis"""
+    cut = torch.rand(count, 2, generator=random) * share
+    start = torch.rand(count, 2, generator=random) * cut
+    return torch.cat([start, start + 1 - cut], 1)
+
+
+def crop(x: Tensor, box: Tensor) -> Tensor:
+    """What lies in the boxes [B, 4] of [B, C, h, w], enlarged to h x w."""
+    box = box * torch.tensor([x.shape[3], x.shape[2]] * 2, device=x.device)
+    return roi_align(x, list(box[:, None]), x.shape[2:], sampling_ratio=1, aligned=True)
+
+
+class Overheard(Dataset):
+    """A data set that remembers the captions of all that is read from it."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.names, self.title = dataset, dataset.names, dataset.title
+        self.captions = [[] for _ in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        self.captions[index] = sample["caption"] or []
+        return sample
+
+
+def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int, Loss]:
+    """Network, number of images and loss of the stage caption."""
+    heard = Overheard(open_set(args.captions, args.data_root, masks=False))
+    bank = Bank(heard, GRID, args.device, folder)
+    if not all(heard.captions):
+        raise UserError(f"--captions {args.captions}: not every picture has a caption")
+    args.lexicon = build_vocabulary(heard.captions)
+    tokens, counts = tokenise(heard.captions, args.lexicon)
+    swap = {"left": "right", "right": "left"}                # a mirrored photo's words
+    number = {word: i for i, word in enumerate(args.lexicon)}
+    mirror = torch.tensor([number.get(swap.get(w, w), i) for i, w in enumerate(args.lexicon)])
+    net = make_captioner(args, args.backbone_weights).to(args.device)
+
+    def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
+        pick = torch.rand(len(index), generator=random) * counts[index]
+        said = tokens[index, pick.long()]                                # [B, 30]
+        said = torch.where(flip[:, None], mirror[said], said).to(args.device)
+        with autocast(args.device, args.amp):
+            logits = net(bank.images(index, flip), said)
+        return caption_loss(logits, said)
+    return net, len(bank), loss
+
+
+def rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: up over 1,500 steps (at most a tenth of all), then down to 0."""
+    return min(1.0, (step + 1) / min(1500, max(steps // 10, 1))) * (1 - step / steps)
+
+
+def train(stage: str, args: argparse.Namespace) -> nn.Module:
+    """Train one stage from its start or, with --resume, from last.pt."""
+    world, folder, at = args.world, args.out / stage, STAGES.index(stage)
+    torch.manual_seed(args.seed)
+    net, count, loss = caption_task(args, folder) if stage == "caption" else \
+        sod_task(stage, args, folder)
+    if args.compile:
+        net.compile()
+    learnt = [p for p in net.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW([  # no decay of norms and biases
+        {"params": [p for p in learnt if p.dim() > 1], "weight_decay": 0.01},
+        {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}])
+    flags = harness.plain_flags(args)
+    done = harness.resume(folder, "sdg_sod", stage, flags, net, optimiser)
+    harness.save_args({k: v for k, v in flags.items() if k != "lexicon"}, args, folder)
+    log = runtime.Log(folder, args.epochs[at], done, quiet=not world.main)
+    parallel, watch = world.parallel(net), harness.Watch(args)
+    order_size = epoch_order(count, args.batch_size, args.seed, 1, world)
+    steps = len(order_size[0]) // order_size[1]
+    for epoch in range(done + 1, args.epochs[at] + 1):
+        net.train()
+        # dropout draws from torch's own generator: a resumed epoch draws the same
+        random = generator("cpu", args.seed, stage, epoch, world.rank)
+        torch.manual_seed(random.initial_seed())
+        total, images = torch.zeros((), device=args.device), 0
+        order, batch = epoch_order(count, args.batch_size, args.seed, epoch, world)
+        for step, (index, flip) in enumerate(progress(
+                batches(order, batch, args.seed, epoch, world), f"{stage} epoch {epoch}", steps)):
+            for group in optimiser.param_groups:
+                group["lr"] = args.lr[at] * rate((epoch - 1) * steps + step, args.epochs[at] * steps)
+            value = loss(parallel, index, flip, random)
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            total, images = total + value.detach(), images + batch
+            if args.dry_run and step == 1:
+                break
+        mean = sum(world.gather(float(total) * batch / images)) / world.size
+        runtime.require_finite(mean, epoch)
+        seen = {} if stage == "caption" else watch(
+            partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png")
+        log.epoch(epoch, images, loss=mean, lr=optimiser.param_groups[0]["lr"], **seen)
+        if world.main:
+            harness.save(folder, "sdg_sod", stage, epoch, flags, net, optimiser)
+        world.barrier()
+    return net
+
+
+# ---- Evaluation and prediction -------------------------------------------------------------------
+@torch.no_grad()
+def forward(net: SDGSOD, image: Tensor, args: argparse.Namespace) -> Tensor:
+    """Saliency logit [B, 1, H, W], in eval mode."""
+    net.eval()
+    with autocast(args.device, args.amp):
+        return net(image)
+
+
+@torch.no_grad()
+def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
+    """Judge the captions of every --eval set; print and save scores, captions, pictures.
+
+    next    share of the words of a photo's first caption that are predicted from those before
+    said    share of the written words that are in one of the photo's captions
+    true    of the class names written for a built-in scene: object and colour are there
+    inside  attention of those names within the objects' masks; area: the objects' share of the
+            picture, which is what attention that looks nowhere would have inside
+    """
+    captioner.eval()
+    report = {}
+    for spec in args.eval:
+        dataset, sums, texts = open_set(spec, args.data_root), Counter(), {}
+        for samples, images in harness.batches_of(dataset, args, f"captions of {dataset.title}"):
+            word, maps = captioner.look(images)
+            for sample, image, w, m in zip(samples, images, word, maps):
+                texts[sample["name"]] = said = captioner.text(w)
+                known = sample["caption"] or []
+                sums.update(words=len(said), said=len([
+                    v for v in said if any(v in split(caption) for caption in known)]))
+                if hasattr(dataset, "objects"):
+                    sums.update(attended(said, m, dataset, dataset.names.index(sample["name"])))
+                if len(texts) <= 8:
+                    strip = draw_words(image, said, m)
+                    save_png(folder / "vis" / f"{sample['name']}.png", strip)
+            if samples[0]["caption"]:
+                first = tokenise([s["caption"][:1] for s in samples], args.lexicon)[0][:, 0]
+                logit = captioner.read(captioner.see(images), first.to(args.device))[0]
+                right = (logit[:, :-1].argmax(2).cpu() == first[:, 1:]) & (first[:, 1:] != PAD)
+                sums.update(next=right.sum().item(), known=(first[:, 1:] != PAD).sum().item())
+        total = Counter()
+        for part in args.world.gather(sums):
+            total.update(part)
+        pairs = (("next", "known"), ("said", "words"), ("true", "named"), ("inside", "there"),
+                 ("area", "there"))
+        report[dataset.title] = scores = {a: total[a] / total[b] for a, b in pairs if total[b]}
+        if args.world.main:
+            print(f"captions of {dataset.title}: "
+                  + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+            for name, said in list(texts.items())[:5]:
+                print(f"    {name}: {' '.join(said)}")
+            save_json(folder / "captions.json", {"scores": report, "captions": texts})
+
+
+def attended(said: list[str], maps: Tensor, dataset: Dataset, index: int) -> Counter:
+    """The sums behind true, inside and area of `study`, over the class names in one caption."""
+    sums, objects = Counter(), dataset.objects(index)
+    for j, word in enumerate(said):
+        kind = next((k for k in dataset.classes if word in (k, k + "s", k + "es")), None)
+        same = [one for one in objects if one["class"] == kind]
+        sums["named"] += kind is not None
+        sums["true"] += said[j - 1] in [one["colour"] for one in same]
+        if same:
+            mask = torch.from_numpy(sum(one["mask"] for one in same) > 0)[None, None].to(maps)
+            heat = resize(maps[j][None, None], mask)
+            sums.update(there=1, area=float(mask.mean()),
+                        inside=float((heat * mask).sum() / heat.sum()))
+    return sums
+
+
+def draw_words(image: Tensor, said: list[str], maps: Tensor, logit: Tensor | None = None) -> Tensor:
+    """Fig. 9: the photo [3, S, S], its saliency, and what each word looks at. uint8 [H, W, 3]"""
+    image = TF.resize(image.cpu(), [160, 160])
+    cells = [image] if logit is None else [image, TF.resize(
+        torch.sigmoid(logit.cpu()), [160, 160]).expand(3, -1, -1)]
+    for m in maps[:len(said)].cpu():
+        heat = resize((m / m.max())[None, None], image[None])[0]
+        cells.append(image * (0.2 + 0.8 * heat))
+    strip = F.pad(torch.cat(cells, 2), (0, 0, 0, 16), value=1)           # [3, 176, 160 n]
+    picture = Image.fromarray((strip * 255 + 0.5).byte().permute(1, 2, 0).numpy())
+    for j, word in enumerate(said, len(cells) - len(said)):
+        ImageDraw.Draw(picture).text((160 * j + 4, 162), word, fill=(0, 0, 0))
+    return TF.pil_to_tensor(picture).permute(1, 2, 0)
+
+
+def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
+    """Scores of every --eval set; those of the captioner are not among them, but printed."""
+    if stage == "caption":
+        study(net, args, args.out / stage)
+        return {}
+    return harness.evaluate(partial(forward, net, args=args), args, args.out / stage, f"-{stage}")
+
+
+@torch.no_grad()
+def predict_words(captioner: Captioner, net: SDGSOD | None, args: argparse.Namespace) -> None:
+    """Write <out>/predict/<stem>_words.png: photo, saliency if there is a net, words."""
+    photos = harness.Photo(args.predict) if args.predict.is_file() else \
+        open_set(args.predict, args.data_root, masks=False)
+    captioner.eval()
+    for samples, images in harness.batches_of(photos, args, "words"):
+        logits = [None] * len(images) if net is None else forward(net, images, args)
+        for sample, image, word, maps, logit in zip(samples, images, *captioner.look(images), logits):
+            said = captioner.text(word)
+            print(f"{sample['name']}: {' '.join(said)}")
+            save_png(args.out / "predict" / f"{sample['name']}_words.png",
+                     draw_words(image, said, maps, logit))
+
+
+def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
+    """Stage and network of one of our checkpoints, or of VirTex's."""
+    saved = runtime.torch_load(path)
+    if saved.get("stage") == "caption" or "method" not in saved:
+        args.size = args.size or GRID
+        stage, net = "caption", load_captioner(path, args)
+        harness.restore(path, "sdg_sod", args, ("data",), ()) if "method" in saved else None
+    else:
+        names = (*CAPTIONER, "encoder", "decoder", "width", "scales", "attn_norm", "attn_row",
+                 "beam", "released", "data")
+        saved = harness.restore(path, "sdg_sod", args, names, ("size",))
+        stage, state = saved["stage"], saved["model"]
+        net = make_net(stage, args, make_captioner(args, "none") if stage == "guide" else None)
+        runtime.load_state(net, state, path)
+    fill_defaults(args)
+    harness.prepare(args, "sdg_sod")
+    return stage, net.to(args.device)
+
+
+# ---- Main ----------------------------------------------------------------------------------------
+def main(argv: list[str] | None = None) -> None:
+    """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
+    args = build_parser().parse_args(argv)
+    args.lexicon = None                                      # the vocabulary, once it is known
+    if args.weights or args.predict:
+        run = harness.run_folder(args, "sdg_sod")
+        args.out = args.out or (args.weights.parent.parent if args.weights else run)
+        stage, net = load(args.weights or run / (args.stage or "guide") / "last.pt", args)
+        captioner = net if stage == "caption" else net.captioner
+        if not args.predict:
+            harness.save_results(evaluate(stage, net, args), args, args.out / stage)
+            return
+        if stage != "caption":
+            harness.predict(partial(forward, net, args=args), args)
+        if stage == "caption" or args.words and captioner is not None:
+            predict_words(captioner, None if stage == "caption" else net, args)
+        return
+    fill_defaults(args)
+    harness.prepare(args, "sdg_sod")
+    stages = (args.stage,) if args.stage else STAGES if args.data.startswith("shapes") else STAGES[:3]
+    results = {}
+    for stage in stages:
+        results |= evaluate(stage, train(stage, args), args)
+        harness.save_results(results, args, args.out / stage)
+    harness.gallery(["sod/pred/{}-sod", "control/pred/{}-control", "guide/pred/{}-guide"], args)
+
+
+if __name__ == "__main__":
+    runtime.cli(main)
