@@ -1,100 +1,94 @@
 """SDG-SOD: Semantic Distillation Guided Salient Object Detection: captions guide a transformer.
 
 Xu, Liu, Huang, Lu, Li, Guo: "Semantic Distillation Guided Salient Object Detection", 2022 (arXiv).
-No code was ever released; this is written from the paper, and from what the paper builds on:
-SegFormer (encoder, decoder), VirTex (captioner) and F3Net (loss).
+No code was ever released. This is written from the paper and from what it builds on: SegFormer's
+encoder and decoder, VirTex's captioner, F3Net's loss.
 
-People who describe a photo name what is salient in it, and captions are cheaper than masks. So a
-captioner is trained on its own; for every word that it writes, the cross-attention of its decoder
-tells where it looked. The sum of these maps over the caption, one 7 x 7 map per photo, multiplies
-the features of a saliency transformer at four scales (Eq. 3), which is then fine-tuned. As resizing
-is linear, resized maps need not be summed: the sum is resized, and 49 numbers per photo, computed
-once by the frozen captioner, are all the guidance that training needs.
+Whoever describes a photo names what is salient in it, and captions are cheaper than masks. So a
+captioner is trained on its own. Where its decoder looks while it writes a word is that word's map;
+the sum of a caption's maps, 7 x 7 numbers, multiplies the features of a saliency transformer at
+four scales (Eq. 3), which is then fine-tuned. Resizing is linear: instead of the sum of resized
+maps the resized sum is used, so 49 numbers per photo, computed once, are all that training needs.
 
-    image -> MiT -> F1 F2 F3 F4 --------------> x --> xi --> + --> all-MLP decoder -> saliency logit
-                      \\________________________|____________/
-    image -> CNN -> 7 x 7 grid -> decoder -> attention M1 ... MT -> normalise(sum Mj), resized
-                                     |
-                                     "a man with an umbrella"
+    image -> MiT -> F1 F2 F3 F4 -+-----> x --> xi --> + --> all-MLP decoder -> saliency logit
+                                 +-------|------------+
+    image -> CNN -> 7 x 7 grid -> text decoder -> M1 ... MT -> normalise(resize(M1 + ... + MT))
+                                        |
+                             "a man with an umbrella"
 
 Usage
     python sdg_sod.py                                   # built-in shapes, no download, minutes
     python sdg_sod.py --data DUTS-TR --captions COCO-captions --encoder-weights mit_b3.pth
-    python sdg_sod.py --stage sod --data coco-sod/ --epochs 30 --out runs/coco   # pre-training, then
-    python sdg_sod.py --data DUTS-TR --pretrained runs/coco/sod/last.pt          # rows with a "+"
+    python sdg_sod.py --stage sod --data coco-sod/ --epochs 30 --out runs/coco     # for the rows +:
+    python sdg_sod.py --data DUTS-TR --pretrained runs/coco/sod/last.pt
     python sdg_sod.py --stage guide --data DUTS-TR --captioner bicaptioning_R_50_L1_H2048.pth
     python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
     torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR
 
-Stages: sod (the PVT-SOD branch), caption (the captioner), guide (both joined, fine-tuned), control
-(fine-tuned for as long without guidance: what to compare guide with; default only on shapes).
+Stages, in order: sod (PVT-SOD, the saliency branch), caption (the guidance branch), control (only
+on shapes unless asked for: PVT-SOD fine-tuned as long as guide), guide (both, fine-tuned).
 
 Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 / .030, SDG-SOD
-.905 / .878 / .943 / .027, with COCO pre-training .911 / .889 / .946 / .026. Ours at that size: not
-run. At small scale: README.
+.905 / .878 / .943 / .027; pre-trained on COCO .903 / .873 / .938 / .028 and .911 / .889 / .946 /
+.026. Ours at that size: not run. At small scale: README.
 
 Departures, and choices where the paper is silent:
- D1 "PVT" is SegFormer's MiT: overlapping patches, no position code, R = 64 16 4 1 fit it alone.
-    Its weights (segmentation, ADE20K) are given as a file; layers 2 2 2 2 are taken for mit_b1.
- D2 the decoder is SegFormer's (width 256 or 768, fused by a layer with BatchNorm); --decoder
-    literal is the text's single layer.
- D3 F3Net's loss with both terms weighted, as its paper says; --bce coded: its code, in which a
+ D1 "PVT" is SegFormer's MiT: overlapping patches, no position code and R = 64 16 4 1 fit it alone.
+    Its weights (segmentation) are a file of yours. Layers 2 2 2 2 are taken for mit_b1's.
+ D2 the decoder is SegFormer's, fused by a layer with BatchNorm, width 256 (b0, b1) or 768;
+    --decoder literal is the text's single layer.
+ D3 F3Net's loss as its paper has it, both terms weighted; --bce coded: as its code has it, where a
     misspelt argument cancels the weights of the cross-entropy.
- D4 AdamW, weight decay 0.01 (none on norms and biases), warm-up, linear decay, batches of 16:
-    SegFormer's recipe. Flips, and crops of up to an eighth of each side, as F3Net.
- D5 the captioner learns with AdamW, from flips alone (left and right change places in the words);
-    VirTex uses SGD with Lookahead, crops and colours. BatchNorm keeps pretrained statistics.
- D6 its vocabulary are the 10,000 most frequent words, not sub-word pieces.
- D7 the map of a word is the attention of the step that predicts it (--attn-row read: that reads
-    it), mean of the heads, last layer, forward direction, without start and end.
- D8 normalise (Eq. 3) stretches each map to [0, 1]; others with --attn-norm.
- D9 xi starts at 0: guidance starts as the network that was trained without it.
- D10 a mirrored or cropped photo takes its map mirrored or cropped; it is not described anew
-    (--live: it is).
- --released: D3's code, and VirTex's beam search, which from its second step on forgets to feed the
-    start token.
-Not implemented: the annotation tool for COCO (Appendix A).
+ D4 SegFormer's AdamW: weight decay 0.01 but on norms and biases, warm-up, linear decay; batches of
+    16; 40 epochs of guide. Flips, and F3Net's crops of up to an eighth of each axis.
+ D5 the captioner learns with AdamW and flips (left and right change places in the words), VirTex
+    with SGD, Lookahead, crops and colours. BatchNorm keeps the statistics of pretrained weights.
+ D6 the vocabulary are the 10,000 most frequent words; VirTex: pieces of words.
+ D7 a word's map is the attention of the step that predicts it (--attn-row read: that reads it) in
+    the forward direction's last layer, mean of the heads, without the start and the end.
+ D8 normalise stretches each resized sum to [0, 1]; others: --attn-norm.
+ D9 xi starts at 0, so that guidance starts as the network that it was given.
+ D10 a mirrored or cropped photo takes its map along; --live describes it anew.
+--released follows the code of F3Net in D3, and of VirTex's beam search, which forgets to feed the
+start token after its first step.
+Not implemented: the tool for annotating COCO (Appendix A).
 
-Shapes: B batch, H W input size, h w feature size, C channels, T words, V vocabulary. Images are in
-[0, 1].
+Shapes: B batch, H W input size, h w feature size, C channels, T words. Images are in [0, 1].
 """
 import argparse
-import json
 import math
-import re
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
-from torchvision.transforms.v2 import functional as TF
 
-from common import harness, runtime
-from common.backbones import PIXELS, backbone, read_weights
+from common import captions, harness, runtime
+from common.backbones import PIXELS, backbone
 from common.bank import Bank, batches, epoch_order
+from common.captions import END, LENGTH, PAD, START, tokenise
 from common.datasets import open_set
+from common.published import MIT_HEADS, mit_state, read_state, virtex_state
 from common.runtime import UserError, autocast, generator, progress, save_json, save_png
 
-STAGES = ("sod", "caption", "guide", "control")
+STAGES = ("sod", "caption", "control", "guide")
 PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
          "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "captions": "COCO-captions"}
 SHAPES = {"epochs": (24, 30, 8, 8), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
           "encoder": "mit_tiny", "backbone": "tiny", "hidden": 128, "captions": None}
 PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S"]  # Table 1
-MIT = {  # channels, layers, heads of the four stages, width of the decoder
+MIT = {  # channels, layers and heads of the four stages, width of the decoder
     "mit_tiny": ((24, 48, 96, 128), (1, 1, 2, 1), (1, 2, 4, 4), 64),
     "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), 256),
     "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), 256),
     "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), 768),
     "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3), (1, 2, 5, 8), 768)}
-PAD, START, END = 0, 1, 2  # of every vocabulary
-LENGTH, GRID = 30, 224     # most tokens of a caption; the captioner's input, which gives 7 x 7 cells
+GRID = 224  # the captioner's input, whose deepest map has 7 x 7 cells
+CAPTIONER = ("backbone", "pixels", "borders", "hidden", "layers", "lexicon")  # what describes it
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -104,38 +98,35 @@ def build_parser() -> argparse.ArgumentParser:
                                      epilog="The docstring of this file explains the method.")
     method = parser.add_argument_group("method")
     method.add_argument("--stage", choices=STAGES, help="one stage only [sod, caption, guide]")
-    method.add_argument("--released", action="store_true", help="D3 and beam search as in code")
-    method.add_argument("--encoder", choices=MIT, help="of the saliency network, Table 2 [mit_b3]")
+    method.add_argument("--released", action="store_true", help="the code of F3Net and VirTex")
+    method.add_argument("--encoder", choices=MIT, help="of the saliency branch, Table 2 [mit_b3]")
     method.add_argument("--encoder-weights", metavar="FILE", help="MiT's weights, or none")
+    method.add_argument("--pretrained", metavar="FILE", help="checkpoint to start stage sod from")
     method.add_argument("--decoder", choices=("mlp", "literal", "psp", "aspp", "apc", "ann"),
-                        default="mlp", help="Table 4, and see D2 [mlp]")
-    method.add_argument("--width", type=harness.positive, help="channels of the decoder")
+                        default="mlp", help="Table 4 and D2 [mlp]")
+    method.add_argument("--width", type=harness.positive, help="channels of the decoder, see D2")
     method.add_argument("--bce", choices=("weighted", "coded"), help="see D3 [weighted]")
     method.add_argument("--crop", type=float, default=0.125, metavar="SHARE",
-                        help="most that is cut from either axis in training [0.125]")
-    method.add_argument("--pretrained", metavar="FILE", help="checkpoint that stage sod starts from")
-    guide = parser.add_argument_group("guidance")
-    guide.add_argument("--sod", metavar="FILE", help="its checkpoint [<out>/sod/last.pt]")
-    guide.add_argument("--captioner", metavar="FILE",
-                       help="its checkpoint, or VirTex's [<out>/caption/last.pt]")
-    guide.add_argument("--scales", type=int, nargs="+", choices=(1, 2, 3, 4), default=[1, 2, 3, 4],
-                       help="guided scales, 1 is the finest, Table 3 [1 2 3 4]")
-    guide.add_argument("--attn-norm", choices=("minmax", "max", "mean", "l1"), default="minmax",
-                       help="normalise in Eq. 3, see D8 [minmax]")
-    guide.add_argument("--attn-row", choices=("predict", "read"), default="predict", help="see D7")
-    guide.add_argument("--xi-init", choices=("zero", "normal"), default="zero", help="see D9")
-    guide.add_argument("--maps", choices=("own", "other"), default="own",
-                       help="other: train with another photo's map, to see if it matters [own]")
-    guide.add_argument("--live", action="store_true", help="describe photos anew in every step")
-    words = parser.add_argument_group("captioner")
-    words.add_argument("--captions", metavar="SET", help="captioned photos [COCO-captions]")
-    words.add_argument("--hidden", type=harness.positive, help="H, a multiple of 64 [1024]")
-    words.add_argument("--layers", type=harness.positive, default=1, help="of its decoder [1]")
-    words.add_argument("--beam", type=harness.positive, default=5, help="1 is greedy [5]")
-    words.add_argument("--vocabulary", metavar="FILE",
-                       help="VirTex's pieces, one per line (SentencePiece's .vocab)")
-    words.add_argument("--words", action="store_true",
-                       help="--predict also draws the caption and where each word looks, Fig. 9")
+                        help="most that training cuts from either axis [0.125]")
+    method.add_argument("--sod", metavar="FILE", help="for control, guide [<out>/sod/last.pt]")
+    method.add_argument("--captioner", metavar="FILE",
+                        help="for guide, ours or VirTex's [<out>/caption/last.pt]")
+    method.add_argument("--scales", type=int, nargs="+", choices=(1, 2, 3, 4), default=[1, 2, 3, 4],
+                        help="guided scales, from 1, the finest, Table 3 [1 2 3 4]")
+    method.add_argument("--attn-norm", choices=("minmax", "max", "mean", "l1"), default="minmax",
+                        help="normalise in Eq. 3, see D8 [minmax]")
+    method.add_argument("--attn-row", choices=("predict", "read"), default="predict", help="see D7")
+    method.add_argument("--xi-init", choices=("zero", "normal"), default="zero", help="see D9")
+    method.add_argument("--maps", choices=("own", "other"), default="own",
+                        help="other: train with another photo's map, to see if it matters [own]")
+    method.add_argument("--live", action="store_true", help="keep the captioner live, see D10")
+    method.add_argument("--captions", metavar="SET", help="captioned photos [COCO-captions]")
+    method.add_argument("--hidden", type=harness.positive, help="width of the text decoder [1024]")
+    method.add_argument("--layers", type=harness.positive, default=1, help="of text decoder [1]")
+    method.add_argument("--beam", type=harness.positive, default=5, help="1 is greedy [5]")
+    method.add_argument("--vocabulary", metavar="FILE", help="VirTex's (SentencePiece's .vocab)")
+    method.add_argument("--words", action="store_true",
+                        help="--predict also draws where each word of the caption looks, Fig. 9")
     harness.add_flags(parser)
     return parser
 
@@ -158,7 +149,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.eval is None and args.data == "DUTS-TR":
         args.eval = harness.present(PAPER_SETS, args.data_root)
     elif args.eval is None:
-        args.eval = [f"{args.data.split('@')[0]}-test"] if small else []
+        args.eval = [args.data.split("@")[0] + "-test"] if small else []
     if small:
         print("preset for shapes: " + ", ".join(f"{name} {getattr(args, name)}" for name in SHAPES))
 
@@ -331,79 +322,69 @@ class MLPDecoder(nn.Module):
         return self.predict(self.fuse(torch.cat(levels[::-1], 1)))       # coarse to fine
 
 
-class Pool(nn.Module):
-    """Context of one pyramid level: mean over n x n regions, a convolution, resized back."""
-
-    def __init__(self, before: int, after: int, n: int):
-        super().__init__()
-        self.n, self.conv = n, conv(before, after)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return resize(self.conv(F.adaptive_avg_pool2d(x, self.n)), x)
-
-
 class Affinity(nn.Module):
-    """APCNet's context: each pixel weighs n x n regions by a sigmoid of itself and the mean."""
+    """APCNet's context: each pixel weighs n x n regions, by a sigmoid of itself and the mean."""
 
     def __init__(self, before: int, after: int, n: int):
         super().__init__()
         self.n, self.reduce, self.region = n, conv(before, after), conv(before, after)
-        self.mix, self.weigh = conv(after, after), nn.Conv2d(after, n * n, 1)
+        self.weigh = nn.Sequential(conv(after, after), nn.Conv2d(after, n * n, 1), nn.Sigmoid())
         self.back, self.fuse = conv(after, after), conv(after, after)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, before, h, w] -> [B, after, h, w]"""
         regions = self.region(F.adaptive_avg_pool2d(x, self.n)).flatten(2)   # [B, C, nn]
-        x = self.reduce(x)                                               # [B, C, h, w]
-        affinity = torch.sigmoid(self.weigh(self.mix(x + x.mean((2, 3), keepdim=True))))
-        return self.fuse(x + self.back((regions @ affinity.flatten(2)).view_as(x)))
+        x = self.reduce(x)
+        weights = self.weigh(x + x.mean((2, 3), keepdim=True)).flatten(2)    # [B, nn, hw]
+        return self.fuse(x + self.back((regions @ weights).view_as(x)))
 
 
 class NonLocal(nn.Module):
-    """ANNet's attention: from each pixel of `x` to the mean of 1 + 9 + 36 + 64 regions of `low`."""
+    """ANNet's attention, from each pixel of `x` to means over 1 + 9 + 36 + 64 regions of `low`."""
 
     def __init__(self, before: int, low: int, after: int):
         super().__init__()
-        self.q, self.k, self.v = conv(before, 256), conv(low, 256), nn.Conv2d(low, 256, 1)
+        self.q, self.kv = conv(before, 256), nn.ModuleList([conv(low, 256), nn.Conv2d(low, 256, 1)])
         self.fuse = conv(256 + before, after)
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
-        k, v = (torch.cat([F.adaptive_avg_pool2d(f, n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
-                for f in (self.k(low), self.v(low)))                     # [B, 110, 256]
-        context = F.scaled_dot_product_attention(self.q(x).flatten(2).mT, k, v)
-        context = context.mT.unflatten(2, x.shape[2:])                   # [B, 256, h, w]
-        return self.fuse(torch.cat([context, x], 1))
+        """[B, before, h, w], [B, low, h', w'] -> [B, after, h, w]"""
+        k, v = (torch.cat([F.adaptive_avg_pool2d(f(low), n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
+                for f in self.kv)                                        # [B, 110, 256]
+        context = F.scaled_dot_product_attention(self.q(x).flatten(2).mT, k, v).mT
+        return self.fuse(torch.cat([context.unflatten(2, x.shape[2:]), x], 1))
 
 
 class ContextDecoder(nn.Module):
-    """The rivals of Table 4, as in mmsegmentation; the paper gives no settings.
+    """The rivals in Table 4, as in mmsegmentation; the paper gives no settings.
 
-    psp, aspp and apc see the four scales resized to 1/8 and concatenated (a map at 1/32 alone could
-    not reach their scores), ann the scales 3 and 4.
+    psp, aspp, apc see all scales, resized to 1/8 and concatenated: no map at 1/32 alone could be as
+    exact as the table says. ann sees the scales 3 and 4.
     """
 
     def __init__(self, kind: str, channels: tuple[int, ...], width: int):
         super().__init__()
-        self.kind, total = kind, sum(channels)
-        if kind == "ann":
-            self.across = NonLocal(channels[3], channels[2], channels[3])
-            self.bottleneck, self.within = conv(channels[3], width, 3), NonLocal(width, width, width)
-        else:
-            atrous = [Pool(total, width, 1), conv(total, width),
-                      *(conv(total, width, 3, dilation) for dilation in (12, 24, 36))]
-            self.contexts = nn.ModuleList(atrous if kind == "aspp" else [
-                (Pool if kind == "psp" else Affinity)(total, width, n) for n in (1, 2, 3, 6)])
-            self.bottleneck = conv(5 * width if kind == "aspp" else total + 4 * width, width, 3)
+        self.kind, before = kind, sum(channels)
+        pool = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(before, width)) for n in (1, 2, 3, 6)]
+        self.contexts = nn.ModuleList({
+            "psp": pool, "apc": [Affinity(before, width, n) for n in (1, 2, 3, 6)],
+            "aspp": [pool[0], *(conv(before, width, *shape) for shape in
+                                ((1, 1), (3, 12), (3, 24), (3, 36)))],
+            "ann": [NonLocal(channels[3], channels[2], channels[3]), NonLocal(width, width, width)],
+        }[kind])
+        inner = {"ann": channels[3], "aspp": 5 * width}.get(kind, before + 4 * width)
+        self.bottleneck = conv(inner, width, 3)
         self.predict = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(width, 1, 1))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """F1 ... F4 -> logit [B, 1, H/8, W/8], of ann [B, 1, H/32, W/32]"""
         if self.kind == "ann":
-            x = self.bottleneck(self.across(features[3], features[2]))
-            return self.predict(self.within(x, x))
+            across, within = self.contexts
+            x = self.bottleneck(across(features[3], features[2]))
+            return self.predict(within(x, x))
         x = torch.cat([resize(f, features[1]) for f in features], 1)
-        seen = [context(x) for context in self.contexts]
-        return self.predict(self.bottleneck(torch.cat(seen if self.kind == "aspp" else [x, *seen],
-                                                      1)))
+        seen = [resize(context(x), x) for context in self.contexts]
+        return self.predict(self.bottleneck(torch.cat(seen + [x] * (self.kind != "aspp"), 1)))
 
 
 class SDGSOD(nn.Module):
@@ -456,21 +437,21 @@ class DecoderLayer(nn.TransformerDecoderLayer):
 class Captioner(nn.Module):
     """VirTex: a CNN, and a transformer that writes captions forward and backward.
 
-    words: the vocabulary [V]. The two directions share all but their layers, and the output shares
+    vocabulary: number of words V. The two directions share all but their layers; the output shares
     its weights with the embedding. row, beam, released: see D7, --beam, --released.
     """
 
-    def __init__(self, encoder: nn.Module, words: list[str], hidden: int, layers: int = 1,
+    def __init__(self, encoder: nn.Module, vocabulary: int, hidden: int, layers: int = 1,
                  row: str = "predict", beam: int = 5, released: bool = False):
         super().__init__()
-        self.vocabulary, self.row, self.beam, self.released = words, row, beam, released
+        self.row, self.beam, self.released = row, beam, released
         self.encoder, self.projection = encoder, nn.Linear(encoder.channels[-1], hidden)
-        self.words = nn.Embedding(len(words), hidden, padding_idx=PAD)
+        self.words = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
         self.positions = nn.Embedding(LENGTH, hidden)
         self.norm, self.dropout = nn.LayerNorm(hidden, 1e-8), nn.Dropout(0.1)
         self.forwards, self.backwards = (
             nn.ModuleList(DecoderLayer(hidden) for _ in range(layers)) for _ in range(2))
-        self.bias = nn.Parameter(torch.zeros(len(words)))
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
         for name, p in self.named_parameters():
             if p.dim() > 1 and not name.startswith("encoder."):
                 nn.init.normal_(p, std=0.02)
@@ -545,150 +526,10 @@ class Captioner(nn.Module):
         """[B, 3, H, W] -> the sum of the words' maps [B, 1, 7, 7]"""
         return self.look(image)[1].sum(1, keepdim=True)
 
-    def text(self, word: Tensor) -> list[str]:
-        """[T] -> the words"""
-        return [self.vocabulary[w] for w in word.tolist() if w > END]
-
-
 def reverse(tokens: Tensor) -> Tensor:
     """Captions [B, T] read backwards; the padding stays at the end."""
     index = (tokens != PAD).sum(1, keepdim=True) - 1 - torch.arange(tokens.shape[1]).to(tokens)
     return tokens.gather(1, index.clamp(min=0)) * (index >= 0)
-
-
-def split(caption: str) -> list[str]:
-    """'A man, sitting.' -> ['a', 'man', 'sitting']"""
-    return re.findall(r"[\w'-]*\w", caption.lower())
-
-
-def build_vocabulary(captions: list[list[str]]) -> list[str]:
-    """The 10,000 most frequent words of all captions, after the three special tokens."""
-    counts = Counter(word for texts in captions for text in texts for word in split(text))
-    most = sorted(counts, key=lambda word: (-counts[word], word))
-    return ["[PAD]", "[SOS]", "[EOS]", *most[:10_000 - 3]]
-
-
-def tokenise(captions: list[list[str]], words: list[str]) -> tuple[Tensor, Tensor]:
-    """Captions of N photos -> tokens [N, most captions, 30] and number of captions [N].
-
-    Words that are not in the vocabulary are left out; a long caption is cut and has no end.
-    """
-    number = {word: i for i, word in enumerate(words)}
-    tokens = torch.zeros(len(captions), max(map(len, captions)), LENGTH, dtype=torch.long)
-    for i, texts in enumerate(captions):
-        for k, text in enumerate(texts):
-            known = [number[word] for word in split(text) if word in number]
-            row = [START, *known, END][:LENGTH]
-            tokens[i, k, :len(row)] = torch.tensor(row)
-    return tokens, torch.tensor([len(texts) for texts in captions])
-
-
-# ---- Model: published weights --------------------------------------------------------------------
-NAMES = (  # MiT's weights as named by SegFormer and smp-hub (stages from 1), by Hugging Face and
-    # mmsegmentation (stages from 0) -> ours
-    (r"^(backbone|segformer\.encoder|encoder)\.", ""),
-    (r"^(patch_embed|block|norm)(\d)\.", lambda m: f"{m[1]}.{int(m[2]) - 1}."),
-    (r"^patch_embed(?:dings)?\.(\d)\.proj", r"stages.\1.proj"),
-    (r"^patch_embed(?:dings)?\.(\d)\.(?:layer_)?norm", r"stages.\1.norm_in"),
-    (r"^layers\.(\d)\.0\.projection", r"stages.\1.proj"),
-    (r"^layers\.(\d)\.0\.norm", r"stages.\1.norm_in"),
-    (r"^(?:block\.(\d)|layers\.(\d)\.1)\.(?=\d)", r"stages.\1\2.blocks."),
-    (r"^(?:(?:layer_)?norm\.(\d)|layers\.(\d)\.2)\.(?!\d)", r"stages.\1\2.norm_out."),
-    (r"\.layer_norm_([12])\.", r".norm\1."), (r"\.attention\.output\.dense", ".attn.proj"),
-    (r"\.attention\.self\.layer_norm", ".attn.norm"), (r"\.attention\.self\.", ".attn."),
-    (r"\.attn\.query", ".attn.q"), (r"\.attn\.attn\.", ".attn."), (r"\.out_proj", ".proj"),
-    (r"\.mlp\.dense([12])", r".mlp.fc\1"), (r"\.dwconv\.dwconv", ".dwconv"),
-    (r"\.ffn\.layers\.0", ".mlp.fc1"), (r"\.ffn\.layers\.1", ".mlp.dwconv"),
-    (r"\.ffn\.layers\.4", ".mlp.fc2"))
-HEADS = ("head.", "decode_head.", "decoder.", "segmentation_head.", "auxiliary_head.", "classifier.")
-
-
-def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A MiT state dict in any of the four namings under our names; heads keep theirs."""
-    renamed = {}
-    for key, value in state.items():
-        for theirs, ours in NAMES:
-            key = re.sub(theirs, ours, key)
-        renamed[key] = value.flatten(1) if ".mlp.fc" in key and value.dim() == 4 else value
-    for key in list(renamed):
-        if ".attn.key." in key:                                          # Hugging Face
-            pair = renamed.pop(key), renamed.pop(key.replace("key", "value"))
-            renamed[key.replace("key", "kv")] = torch.cat(pair)
-        elif ".attn.in_proj_" in key:                                    # mmsegmentation
-            q, k, v = renamed.pop(key).chunk(3)
-            renamed[key.replace("in_proj_", "q.")] = q
-            renamed[key.replace("in_proj_", "kv.")] = torch.cat([k, v])
-    return renamed
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: length of the header, header in JSON, numbers."""
-    try:
-        raw = bytearray(path.read_bytes())
-        start = 8 + int.from_bytes(raw[:8], "little")
-        kinds = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
-        return {key: torch.frombuffer(raw, dtype=kinds[entry["dtype"]],
-                                      count=math.prod(entry["shape"]),
-                                      offset=start + entry["data_offsets"][0]).view(entry["shape"])
-                for key, entry in json.loads(raw[8:start]).items() if key != "__metadata__"}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a readable .safetensors file ({error!r})") from None
-
-
-def load_encoder(encoder: MiT, args: argparse.Namespace) -> None:
-    """Fill the encoder from --encoder-weights; raises `UserError` unless every key has its place"""
-    weights = args.encoder_weights or ("none" if args.encoder == "mit_tiny" else None)
-    if weights is None:
-        raise UserError(f"--encoder-weights: give a file with the weights of {args.encoder} (from "
-                        "smp-hub or nvidia on huggingface.co, or OpenMMLab), or none")
-    if weights != "none":
-        read = read_safetensors if weights.endswith(".safetensors") else read_weights
-        runtime.load_state(encoder, from_published(read(Path(weights))), weights, HEADS)
-
-
-def from_virtex(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """VirTex's state dict under our names; what its two directions share is kept once."""
-    names = {"visual.cnn.": "encoder.", "textual.visual_projection.": "projection.",
-             "textual.embedding.words.": "words.", "textual.embedding.positions.": "positions.",
-             "textual.embedding.layer_norm.": "norm.", "textual.transformer.layers.": "forwards.",
-             "textual.output.bias": "bias", "backward_textual.transformer.layers.": "backwards."}
-    renamed = {}
-    for key, value in state.items():
-        theirs = next((name for name in names if key.startswith(name)), None)
-        if theirs:
-            renamed[names[theirs] + key.removeprefix(theirs)] = value
-        elif key != "textual.output.weight" and not key.startswith("backward_textual."):
-            renamed[key] = value                             # unknown: load_state will say so
-    return renamed
-
-
-def load_captioner(path: Path, args: argparse.Namespace) -> Captioner:
-    """The captioner of a checkpoint, ours or VirTex's; sets the flags that describe it."""
-    saved = runtime.torch_load(path)
-    if "method" in saved:
-        state = harness.restore(path, "sdg_sod", args, CAPTIONER, ())["model"]
-    else:
-        state = from_virtex(saved.get("model", saved))
-        if "words.weight" not in state:
-            raise UserError(f"{path} holds no captioner; make one: python sdg_sod.py --stage "
-                            f"caption --captions {args.captions} --out {args.out}")
-        count, args.hidden = state["words.weight"].shape
-        args.layers = len({key.split(".")[1] for key in state if key.startswith("forwards.")})
-        args.backbone, args.pixels, args.borders = "resnet50", "imagenet", "zeros"
-        args.lexicon = read_vocabulary(args.vocabulary, count)
-    captioner = make_captioner(args, "none")
-    runtime.load_state(captioner, state, path)
-    return captioner
-
-
-def read_vocabulary(path: str | None, count: int) -> list[str]:
-    """The first column of a file of `count` lines; without a file words are numbers."""
-    if path is None:
-        return [str(i) for i in range(count)]
-    words = [line.split("\t")[0] for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    if len(words) != count:
-        raise UserError(f"{path} has {len(words)} lines, but the captioner knows {count} words")
-    return words
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -715,81 +556,141 @@ def caption_loss(logits: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
 
 
 # ---- Training ------------------------------------------------------------------------------------
-CAPTIONER = ("backbone", "pixels", "borders", "hidden", "layers", "lexicon")
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 
 def make_captioner(args: argparse.Namespace, weights: str | None) -> Captioner:
     """An untrained captioner on the CPU, its CNN filled as `backbone` does."""
     encoder = backbone(args.backbone, weights, args.pixels, weights != "none", borders=args.borders)
-    return Captioner(encoder, args.lexicon, args.hidden, args.layers, args.attn_row, args.beam,
+    return Captioner(encoder, len(args.lexicon), args.hidden, args.layers, args.attn_row, args.beam,
                      args.released)
 
 
-def make_net(stage: str, args: argparse.Namespace, captioner: Captioner | None = None) -> SDGSOD:
-    """An untrained saliency network on the CPU; that of stage guide needs its captioner."""
-    encoder, guidance = MiT(args.encoder), None
-    channels = encoder.channels
-    if args.decoder in ("mlp", "literal"):
-        decoder = MLPDecoder(channels, args.width, args.decoder == "literal")
+def load_captioner(path: str | Path, args: argparse.Namespace) -> Captioner:
+    """The captioner of a checkpoint, ours or VirTex's; sets the flags that describe it."""
+    saved = runtime.torch_load(path)
+    if "method" in saved:
+        runtime.load_checkpoint(path, "sdg_sod", "caption")
+        state = harness.restore(path, "sdg_sod", args, CAPTIONER, ())["model"]
     else:
-        decoder = ContextDecoder(args.decoder, channels, args.width)
+        state = virtex_state(saved.get("model", saved))
+        if "words.weight" not in state:
+            raise UserError(f"{path} holds neither a captioner of sdg_sod.py nor one of VirTex")
+        count, args.hidden = state["words.weight"].shape
+        args.layers = len({key.split(".")[1] for key in state if key.startswith("forwards.")})
+        args.backbone, args.pixels, args.borders = "resnet50", "imagenet", "zeros"
+        args.lexicon = captions.read_vocabulary(args.vocabulary, count)
+    captioner = make_captioner(args, "none")
+    runtime.load_state(captioner, state, path)
+    return captioner
+
+
+def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int, Loss]:
+    """Network, number of images and loss of stage caption."""
+    heard = captions.Overheard(open_set(args.captions, args.data_root, masks=False))
+    bank = Bank(heard, GRID, args.device, folder)
+    if not all(heard.captions):
+        raise UserError(f"--captions {args.captions}: not every picture has a caption")
+    args.lexicon = captions.vocabulary(heard.captions)
+    tokens, counts = tokenise(heard.captions, args.lexicon)
+    mirror = captions.mirrored(args.lexicon)
+    net = make_captioner(args, args.backbone_weights).to(args.device)
+
+    def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
+        which = torch.rand(len(index), generator=random) * counts[index]
+        said = tokens[index, which.long()]                               # [B, 30]
+        said = torch.where(flip[:, None], mirror[said], said).to(args.device)
+        with autocast(args.device, args.amp):
+            logits = net(bank.images(index, flip), said)
+        return caption_loss(logits, said)
+    return net, len(bank), loss
+
+
+def make_net(stage: str, args: argparse.Namespace, captioner: Captioner | None = None) -> SDGSOD:
+    """An untrained saliency network on the CPU; that of stage guide needs a captioner."""
+    encoder, guidance = MiT(args.encoder), None
+    if args.decoder in ("mlp", "literal"):
+        decoder = MLPDecoder(encoder.channels, args.width, args.decoder == "literal")
+    else:
+        decoder = ContextDecoder(args.decoder, encoder.channels, args.width)
     if stage == "guide":
-        guidance = Guidance(channels, args.scales, args.attn_norm, args.xi_init == "zero")
-    return SDGSOD(encoder, decoder, guidance, captioner if stage == "guide" else None)
+        guidance = Guidance(encoder.channels, args.scales, args.attn_norm, args.xi_init == "zero")
+    return SDGSOD(encoder, decoder, guidance, captioner)
+
+
+def load_encoder(encoder: MiT, args: argparse.Namespace) -> None:
+    """Fill the encoder from --encoder-weights; raises `UserError` unless every key has its place"""
+    weights = args.encoder_weights or ("none" if args.encoder == "mit_tiny" else None)
+    if weights is None:
+        raise UserError(f"--encoder-weights: give a file with the weights of {args.encoder} (from "
+                        "smp-hub or nvidia on huggingface.co, or OpenMMLab), or none")
+    if weights != "none":
+        runtime.load_state(encoder, mit_state(read_state(weights)), weights, MIT_HEADS)
+
+
+def start_net(stage: str, args: argparse.Namespace) -> SDGSOD:
+    """The network of stage sod, control or guide, with the weights that the stage starts from."""
+    if stage == "sod" and not args.pretrained:
+        net = make_net(stage, args)
+        load_encoder(net.encoder, args)
+        return net
+    paths = {name: Path(getattr(args, flag) or args.out / name / "last.pt")
+             for name, flag in (("sod", "pretrained" if stage == "sod" else "sod"),
+                                ("caption", "captioner"))}
+    for name in ("sod", "caption") if stage == "guide" else ("sod",):
+        if not paths[name].exists():
+            raise UserError(f"there is no {paths[name]}; make it: python sdg_sod.py --stage {name} "
+                            f"--data {args.data} --out {args.out}")
+    captioner = load_captioner(paths["caption"], args) if stage == "guide" else None
+    net = make_net(stage, args, captioner)
+    state = runtime.load_checkpoint(paths["sod"], "sdg_sod", "sod")["model"]
+    new = {k: v for k, v in net.state_dict().items() if k.startswith(("guidance.", "captioner."))}
+    runtime.load_state(net, {**new, **state}, paths["sod"])
+    return net
 
 
 def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD, int, Loss]:
-    """Network, number of images and loss of the stages sod, guide and control."""
+    """Network, number of images and loss of the stages sod, control and guide."""
+    net, maps = start_net(stage, args).to(args.device), None
     dataset = open_set(args.data, args.data_root)
-    captioner = None
-    if stage == "guide":
-        captioner = load_captioner(Path(args.captioner or args.out / "caption" / "last.pt"), args)
-    net = make_net(stage, args, captioner)
-    if stage == "sod" and not args.pretrained:
-        load_encoder(net.encoder, args)
-    else:
-        path = Path(args.pretrained if stage == "sod" else args.sod or args.out / "sod" / "last.pt")
-        state = runtime.load_checkpoint(path, "sdg_sod", "sod")["model"]
-        new = {k: v for k, v in net.state_dict().items() if k.startswith(("guidance", "captioner"))}
-        runtime.load_state(net, {**new, **state}, path)
-    net.to(args.device)
     bank = Bank(dataset, args.size, args.device, folder, parts=("image", "mask"))
     if not bank.has["mask"].all():
         raise UserError(f"--data {args.data}: not every picture has a mask")
-    maps = None
     if stage == "guide" and not args.live:
         maps = map_bank(net.captioner, bank, args)
         maps = maps.roll(1, 0) if args.maps == "other" else maps
 
     def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
-        image, mask, m = bank.images(index, flip), bank.masks(index, flip), None
-        box = draw_crops(len(index), args.crop, random).to(args.device)
+        box, m = draw_crops(len(index), args.crop, random).to(args.device), None
+        image, mask = (crop(x, box) for x in (bank.images(index, flip), bank.masks(index, flip)))
         if maps is not None:
-            m = maps[index.to(args.device)]
-            m = crop(torch.where(flip.to(args.device)[:, None, None, None], m.flip(3), m), box)
+            m = maps[index.to(args.device)]                              # [B, 1, 7, 7]
+            m = crop(torch.where(flip.to(args.device).view(-1, 1, 1, 1), m.flip(3), m), box)
         with autocast(args.device, args.amp):
-            logit = net(crop(image, box), m)
-        return structure_loss(logit, crop(mask, box), args.bce)
+            logit = net(image, m)
+        return structure_loss(logit, mask, args.bce)
     return net, len(bank), loss
 
 
 @torch.no_grad()
 def map_bank(captioner: Captioner, bank: Bank, args: argparse.Namespace) -> Tensor:
-    """The guidance of every image [N, 1, 7, 7], on the device: 49 numbers per image."""
+    """The guidance of every image, 49 numbers each. [N, 1, 7, 7] on the device"""
     captioner.eval()
-    mine, parts = args.world.share(torch.arange(len(bank))).split(args.batch_size), []
-    for index in progress(mine, "guidance"):
+    mine, parts = args.world.share(torch.arange(len(bank))), []
+    for index in progress(mine.split(args.batch_size), "guidance"):
         with autocast(args.device, args.amp):
             parts.append(captioner.guidance(bank.images(index)).cpu())
-    maps = torch.empty(len(bank), *parts[0].shape[1:])
+        if args.dry_run and len(parts) == 2:
+            break
+    maps = torch.zeros(len(bank), *parts[0].shape[1:])
     for rank, part in enumerate(args.world.gather(torch.cat(parts))):
-        maps[rank::args.world.size] = part
+        maps[rank::args.world.size][:len(part)] = part
     return maps.to(args.device)
 
 
 def draw_crops(count: int, share: float, random: torch.Generator) -> Tensor:
-    """`count` boxes (left, top, right, bottom) in [0, 1] that leave out up to `share` of an axis"""
+    """Boxes (left, top, right, bottom) in [0, 1] that leave out up to `share` of each axis. [B, 4]
+    """
     cut = torch.rand(count, 2, generator=random) * share
     start = torch.rand(count, 2, generator=random) * cut
     return torch.cat([start, start + 1 - cut], 1)
@@ -801,45 +702,6 @@ def crop(x: Tensor, box: Tensor) -> Tensor:
     return roi_align(x, list(box[:, None]), x.shape[2:], sampling_ratio=1, aligned=True)
 
 
-class Overheard(Dataset):
-    """A data set that remembers the captions of all that is read from it."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset, self.names, self.title = dataset, dataset.names, dataset.title
-        self.captions = [[] for _ in self.names]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict:
-        sample = self.dataset[index]
-        self.captions[index] = sample["caption"] or []
-        return sample
-
-
-def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int, Loss]:
-    """Network, number of images and loss of the stage caption."""
-    heard = Overheard(open_set(args.captions, args.data_root, masks=False))
-    bank = Bank(heard, GRID, args.device, folder)
-    if not all(heard.captions):
-        raise UserError(f"--captions {args.captions}: not every picture has a caption")
-    args.lexicon = build_vocabulary(heard.captions)
-    tokens, counts = tokenise(heard.captions, args.lexicon)
-    swap = {"left": "right", "right": "left"}                # a mirrored photo's words
-    number = {word: i for i, word in enumerate(args.lexicon)}
-    mirror = torch.tensor([number.get(swap.get(w, w), i) for i, w in enumerate(args.lexicon)])
-    net = make_captioner(args, args.backbone_weights).to(args.device)
-
-    def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
-        pick = torch.rand(len(index), generator=random) * counts[index]
-        said = tokens[index, pick.long()]                                # [B, 30]
-        said = torch.where(flip[:, None], mirror[said], said).to(args.device)
-        with autocast(args.device, args.amp):
-            logits = net(bank.images(index, flip), said)
-        return caption_loss(logits, said)
-    return net, len(bank), loss
-
-
 def rate(step: int, steps: int) -> float:
     """Factor of the learning rate: up over 1,500 steps (at most a tenth of all), then down to 0."""
     return min(1.0, (step + 1) / min(1500, max(steps // 10, 1))) * (1 - step / steps)
@@ -847,50 +709,54 @@ def rate(step: int, steps: int) -> float:
 
 def train(stage: str, args: argparse.Namespace) -> nn.Module:
     """Train one stage from its start or, with --resume, from last.pt."""
-    world, folder, at = args.world, args.out / stage, STAGES.index(stage)
+    world, folder, epochs = args.world, args.out / stage, args.epochs[STAGES.index(stage)]
     torch.manual_seed(args.seed)
     net, count, loss = caption_task(args, folder) if stage == "caption" else \
         sod_task(stage, args, folder)
     if args.compile:
         net.compile()
     learnt = [p for p in net.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW([  # no decay of norms and biases
+    optimiser = torch.optim.AdamW([  # matrices decay, norms and biases do not
         {"params": [p for p in learnt if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}])
     flags = harness.plain_flags(args)
     done = harness.resume(folder, "sdg_sod", stage, flags, net, optimiser)
     harness.save_args({k: v for k, v in flags.items() if k != "lexicon"}, args, folder)
-    log = runtime.Log(folder, args.epochs[at], done, quiet=not world.main)
+    log = runtime.Log(folder, epochs, done, quiet=not world.main)
     parallel, watch = world.parallel(net), harness.Watch(args)
-    order_size = epoch_order(count, args.batch_size, args.seed, 1, world)
-    steps = len(order_size[0]) // order_size[1]
-    for epoch in range(done + 1, args.epochs[at] + 1):
+    for epoch in range(done + 1, epochs + 1):
         net.train()
-        # dropout draws from torch's own generator: a resumed epoch draws the same
-        random = generator("cpu", args.seed, stage, epoch, world.rank)
-        torch.manual_seed(random.initial_seed())
-        total, images = torch.zeros((), device=args.device), 0
-        order, batch = epoch_order(count, args.batch_size, args.seed, epoch, world)
-        for step, (index, flip) in enumerate(progress(
-                batches(order, batch, args.seed, epoch, world), f"{stage} epoch {epoch}", steps)):
-            for group in optimiser.param_groups:
-                group["lr"] = args.lr[at] * rate((epoch - 1) * steps + step, args.epochs[at] * steps)
-            value = loss(parallel, index, flip, random)
-            optimiser.zero_grad()
-            value.backward()
-            optimiser.step()
-            total, images = total + value.detach(), images + batch
-            if args.dry_run and step == 1:
-                break
-        mean = sum(world.gather(float(total) * batch / images)) / world.size
+        mean, images = train_epoch(stage, parallel, loss, optimiser, count, epoch, args)
         runtime.require_finite(mean, epoch)
-        seen = {} if stage == "caption" else watch(
-            partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png")
+        picture = folder / "vis" / f"epoch_{epoch:03d}.png"
+        seen = {} if stage == "caption" else watch(partial(forward, net, args=args), picture)
         log.epoch(epoch, images, loss=mean, lr=optimiser.param_groups[0]["lr"], **seen)
         if world.main:
             harness.save(folder, "sdg_sod", stage, epoch, flags, net, optimiser)
         world.barrier()
     return net
+
+
+def train_epoch(stage: str, net: nn.Module, loss: Loss, optimiser: torch.optim.Optimizer,
+                count: int, epoch: int, args: argparse.Namespace) -> tuple[float, int]:
+    """One pass over `count` images: (mean loss, number of images)."""
+    world, total, done = args.world, torch.zeros((), device=args.device), 0
+    order, batch = epoch_order(count, args.batch_size, args.seed, epoch, world)
+    steps, at = len(order) // batch, STAGES.index(stage)
+    random = generator("cpu", args.seed, stage, epoch, world.rank)
+    torch.manual_seed(random.initial_seed())  # dropout of a resumed epoch shall be the same
+    for index, flip in progress(batches(order, batch, args.seed, epoch, world),
+                                f"{stage} epoch {epoch}", steps):
+        for group in optimiser.param_groups:
+            group["lr"] = args.lr[at] * rate((epoch - 1) * steps + done, args.epochs[at] * steps)
+        value = loss(net, index, flip, random)
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        total, done = total + value.detach(), done + 1
+        if args.dry_run and done == 2:
+            break
+    return sum(world.gather(float(total) / done)) / world.size, done * batch
 
 
 # ---- Evaluation and prediction -------------------------------------------------------------------
@@ -904,82 +770,33 @@ def forward(net: SDGSOD, image: Tensor, args: argparse.Namespace) -> Tensor:
 
 @torch.no_grad()
 def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
-    """Judge the captions of every --eval set; print and save scores, captions, pictures.
-
-    next    share of the words of a photo's first caption that are predicted from those before
-    said    share of the written words that are in one of the photo's captions
-    true    of the class names written for a built-in scene: object and colour are there
-    inside  attention of those names within the objects' masks; area: the objects' share of the
-            picture, which is what attention that looks nowhere would have inside
-    """
+    """Describe the photos of every --eval set, print and save the scores, draw eight photos."""
     captioner.eval()
-    report = {}
     for spec in args.eval:
-        dataset, sums, texts = open_set(spec, args.data_root), Counter(), {}
-        for samples, images in harness.batches_of(dataset, args, f"captions of {dataset.title}"):
-            word, maps = captioner.look(images)
-            for sample, image, w, m in zip(samples, images, word, maps):
-                texts[sample["name"]] = said = captioner.text(w)
-                known = sample["caption"] or []
-                sums.update(words=len(said), said=len([
-                    v for v in said if any(v in split(caption) for caption in known)]))
-                if hasattr(dataset, "objects"):
-                    sums.update(attended(said, m, dataset, dataset.names.index(sample["name"])))
+        dataset = open_set(spec, args.data_root)
+        scores, texts = captions.Scores(dataset), {}
+        for samples, images in harness.batches_of(dataset, args, f"describe {dataset.title}"):
+            for sample, image, tokens, maps in zip(samples, images, *captioner.look(images)):
+                texts[sample["name"]] = said = captions.to_words(tokens, args.lexicon)
+                scores.add(sample, said, maps)
                 if len(texts) <= 8:
-                    strip = draw_words(image, said, m)
-                    save_png(folder / "vis" / f"{sample['name']}.png", strip)
+                    save_png(folder / "vis" / f"{sample['name']}.png",
+                             captions.draw_words([image], said, maps))
             if samples[0]["caption"]:
                 first = tokenise([s["caption"][:1] for s in samples], args.lexicon)[0][:, 0]
                 logit = captioner.read(captioner.see(images), first.to(args.device))[0]
-                right = (logit[:, :-1].argmax(2).cpu() == first[:, 1:]) & (first[:, 1:] != PAD)
-                sums.update(next=right.sum().item(), known=(first[:, 1:] != PAD).sum().item())
-        total = Counter()
-        for part in args.world.gather(sums):
-            total.update(part)
-        pairs = (("next", "known"), ("said", "words"), ("true", "named"), ("inside", "there"),
-                 ("area", "there"))
-        report[dataset.title] = scores = {a: total[a] / total[b] for a, b in pairs if total[b]}
+                scores.add_next(logit.argmax(2).cpu(), first)
+        scores.merge(args.world)
         if args.world.main:
-            print(f"captions of {dataset.title}: "
-                  + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-            for name, said in list(texts.items())[:5]:
-                print(f"    {name}: {' '.join(said)}")
-            save_json(folder / "captions.json", {"scores": report, "captions": texts})
-
-
-def attended(said: list[str], maps: Tensor, dataset: Dataset, index: int) -> Counter:
-    """The sums behind true, inside and area of `study`, over the class names in one caption."""
-    sums, objects = Counter(), dataset.objects(index)
-    for j, word in enumerate(said):
-        kind = next((k for k in dataset.classes if word in (k, k + "s", k + "es")), None)
-        same = [one for one in objects if one["class"] == kind]
-        sums["named"] += kind is not None
-        sums["true"] += said[j - 1] in [one["colour"] for one in same]
-        if same:
-            mask = torch.from_numpy(sum(one["mask"] for one in same) > 0)[None, None].to(maps)
-            heat = resize(maps[j][None, None], mask)
-            sums.update(there=1, area=float(mask.mean()),
-                        inside=float((heat * mask).sum() / heat.sum()))
-    return sums
-
-
-def draw_words(image: Tensor, said: list[str], maps: Tensor, logit: Tensor | None = None) -> Tensor:
-    """Fig. 9: the photo [3, S, S], its saliency, and what each word looks at. uint8 [H, W, 3]"""
-    image = TF.resize(image.cpu(), [160, 160])
-    cells = [image] if logit is None else [image, TF.resize(
-        torch.sigmoid(logit.cpu()), [160, 160]).expand(3, -1, -1)]
-    for m in maps[:len(said)].cpu():
-        heat = resize((m / m.max())[None, None], image[None])[0]
-        cells.append(image * (0.2 + 0.8 * heat))
-    strip = F.pad(torch.cat(cells, 2), (0, 0, 0, 16), value=1)           # [3, 176, 160 n]
-    picture = Image.fromarray((strip * 255 + 0.5).byte().permute(1, 2, 0).numpy())
-    for j, word in enumerate(said, len(cells) - len(said)):
-        ImageDraw.Draw(picture).text((160 * j + 4, 162), word, fill=(0, 0, 0))
-    return TF.pil_to_tensor(picture).permute(1, 2, 0)
+            print(f"captions of {dataset.title}: {scores}")
+            for name in list(texts)[:5]:
+                print(f"    {name}: {' '.join(texts[name])}")
+            save_json(folder / f"captions-{dataset.title}.json",
+                      {"scores": scores.means(), "captions": texts})
 
 
 def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
-    """Scores of every --eval set; those of the captioner are not among them, but printed."""
+    """Saliency scores of every --eval set; the captioner's are printed by `study`."""
     if stage == "caption":
         study(net, args, args.out / stage)
         return {}
@@ -987,34 +804,33 @@ def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> dict[str, 
 
 
 @torch.no_grad()
-def predict_words(captioner: Captioner, net: SDGSOD | None, args: argparse.Namespace) -> None:
-    """Write <out>/predict/<stem>_words.png: photo, saliency if there is a net, words."""
+def predict_words(net: nn.Module, args: argparse.Namespace) -> None:
+    """Write <out>/predict/<stem>_words.png: photo, saliency unless of stage caption, words."""
     photos = harness.Photo(args.predict) if args.predict.is_file() else \
         open_set(args.predict, args.data_root, masks=False)
-    captioner.eval()
+    captioner = net.eval() if isinstance(net, Captioner) else net.captioner.eval()
     for samples, images in harness.batches_of(photos, args, "words"):
-        logits = [None] * len(images) if net is None else forward(net, images, args)
-        for sample, image, word, maps, logit in zip(samples, images, *captioner.look(images), logits):
-            said = captioner.text(word)
-            print(f"{sample['name']}: {' '.join(said)}")
-            save_png(args.out / "predict" / f"{sample['name']}_words.png",
-                     draw_words(image, said, maps, logit))
+        logits = [] if net is captioner else forward(net, images, args)
+        for i, (words, maps) in enumerate(zip(*captioner.look(images))):
+            name, said = samples[i]["name"], captions.to_words(words, args.lexicon)
+            print(f"{name}: {' '.join(said)}")
+            pictures = [images[i], *(torch.sigmoid(logit) for logit in logits[i:i + 1])]
+            save_png(args.out / "predict" / f"{name}_words.png",
+                     captions.draw_words(pictures, said, maps))
 
 
 def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
     """Stage and network of one of our checkpoints, or of VirTex's."""
     saved = runtime.torch_load(path)
-    if saved.get("stage") == "caption" or "method" not in saved:
-        args.size = args.size or GRID
-        stage, net = "caption", load_captioner(path, args)
-        harness.restore(path, "sdg_sod", args, ("data",), ()) if "method" in saved else None
+    if "method" not in saved or saved["stage"] == "caption":
+        stage, net, args.size = "caption", load_captioner(path, args), args.size or GRID
     else:
         names = (*CAPTIONER, "encoder", "decoder", "width", "scales", "attn_norm", "attn_row",
                  "beam", "released", "data")
         saved = harness.restore(path, "sdg_sod", args, names, ("size",))
-        stage, state = saved["stage"], saved["model"]
+        stage = saved["stage"]
         net = make_net(stage, args, make_captioner(args, "none") if stage == "guide" else None)
-        runtime.load_state(net, state, path)
+        runtime.load_state(net, saved["model"], path)
     fill_defaults(args)
     harness.prepare(args, "sdg_sod")
     return stage, net.to(args.device)
@@ -1024,28 +840,27 @@ def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
 def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
     args = build_parser().parse_args(argv)
-    args.lexicon = None                                      # the vocabulary, once it is known
+    args.lexicon = None                                      # the vocabulary, when it is known
     if args.weights or args.predict:
         run = harness.run_folder(args, "sdg_sod")
-        args.out = args.out or (args.weights.parent.parent if args.weights else run)
-        stage, net = load(args.weights or run / (args.stage or "guide") / "last.pt", args)
-        captioner = net if stage == "caption" else net.captioner
+        args.weights = args.weights or run / (args.stage or "guide") / "last.pt"
+        args.out = args.out or args.weights.parent.parent
+        stage, net = load(args.weights, args)
         if not args.predict:
             harness.save_results(evaluate(stage, net, args), args, args.out / stage)
-            return
-        if stage != "caption":
+        elif stage != "caption":
             harness.predict(partial(forward, net, args=args), args)
-        if stage == "caption" or args.words and captioner is not None:
-            predict_words(captioner, None if stage == "caption" else net, args)
+        if args.predict and (stage == "caption" or stage == "guide" and args.words):
+            predict_words(net, args)
         return
     fill_defaults(args)
     harness.prepare(args, "sdg_sod")
-    stages = (args.stage,) if args.stage else STAGES if args.data.startswith("shapes") else STAGES[:3]
-    results = {}
-    for stage in stages:
+    small, results = args.data.startswith("shapes"), {}
+    for stage in (args.stage,) if args.stage else STAGES if small else ("sod", "caption", "guide"):
         results |= evaluate(stage, train(stage, args), args)
         harness.save_results(results, args, args.out / stage)
-    harness.gallery(["sod/pred/{}-sod", "control/pred/{}-control", "guide/pred/{}-guide"], args)
+    harness.gallery([f"{stage}/pred/{{}}-{stage}" for stage in ("sod", "control", "guide")
+                     if (args.out / stage).exists()], args)
 
 
 if __name__ == "__main__":

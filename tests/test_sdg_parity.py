@@ -7,7 +7,7 @@ import torch
 
 import recipe
 import sdg_sod
-from common.backbones import backbone
+from common import published
 from common.runtime import UserError, load_state
 
 HEAD = {"linear_c4.proj": "linear.3", "linear_c3.proj": "linear.2", "linear_c2.proj": "linear.1",
@@ -39,7 +39,7 @@ def test_features_and_logits_equal_segformer_s(size):
     name = f"segformer_mit_{size}"
     state = official(name)
     encoder, decoder = sdg_sod.MiT(f"mit_{size}"), None
-    load_state(encoder, sdg_sod.from_published(state), name, sdg_sod.HEADS)
+    load_state(encoder, published.mit_state(state), name, published.MIT_HEADS)
     decoder = sdg_sod.MLPDecoder(encoder.channels, 256)
     head = {}
     for key, value in state.items():
@@ -130,7 +130,7 @@ def renamed(scheme: str, state: dict) -> dict[str, torch.Tensor]:
         return found | {"decode_head.classifier.weight": torch.zeros(1)}
     description = recipe.reference("segformer_mit_b0")[0]
     keys = [key for key, _ in description["keys"] if key.startswith("backbone.")]
-    ours = sdg_sod.from_published({key: torch.tensor(float(i)) for i, key in enumerate(keys)})
+    ours = published.mit_state({key: torch.tensor(float(i)) for i, key in enumerate(keys)})
     prefix = {"segformer": "", "smp": "encoder."}[scheme]
     return {prefix + keys[int(number)].removeprefix("backbone."): state[key]
             for key, number in ours.items()} | {"head.weight": torch.zeros(1)}
@@ -187,7 +187,7 @@ def virtex(tmp_path_factory):
     lines = "\n".join(f"\u2581piece{i}\t{-i}" for i in range(10_000))
     (path.parent / "model.pth.vocab").write_text(lines, encoding="utf-8")
     net = sdg_sod.load_captioner(path, args).eval()
-    assert (args.hidden, args.layers, net.vocabulary[7]) == (1024, 1, "\u2581piece7")
+    assert (args.hidden, args.layers, args.lexicon[7]) == (1024, 1, "\u2581piece7")
     path.unlink()
     with torch.no_grad():
         return net, net.see(recipe.photos("rgb224", 224, 224))
