@@ -78,7 +78,7 @@ from common.runtime import UserError, autocast, generator, progress, save_json, 
 STAGES = ("sod", "caption", "control", "guide")
 PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
          "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "captions": "COCO-captions"}
-SHAPES = {"epochs": (24, 30, 8, 8), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
+SHAPES = {"epochs": (20, 12, 6, 6), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
           "encoder": "mit_tiny", "backbone": "tiny", "hidden": 128, "captions": None}
 PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S"]  # Table 1
 MIT = {  # channels, layers and heads of the four stages, width of the decoder
@@ -502,7 +502,7 @@ class Captioner(nn.Module):
             beam = best // p.shape[1] + b * torch.arange(n, device=grid.device)[:, None]
             word = word.view(n, -1).gather(1, best)
             tokens = torch.cat([tokens[beam.flatten()], word.view(-1, 1)], 1)
-            if (word == END).all():
+            if (word[:, 0] == END).all():  # the others can only become less likely
                 break
         return tokens[::b]                                               # the best of each image
 
@@ -525,6 +525,7 @@ class Captioner(nn.Module):
     def guidance(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> the sum of the words' maps [B, 1, 7, 7]"""
         return self.look(image)[1].sum(1, keepdim=True)
+
 
 def reverse(tokens: Tensor) -> Tensor:
     """Captions [B, T] read backwards; the padding stays at the end."""
@@ -651,8 +652,8 @@ def start_net(stage: str, args: argparse.Namespace) -> SDGSOD:
 
 def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD, int, Loss]:
     """Network, number of images and loss of the stages sod, control and guide."""
-    net, maps = start_net(stage, args).to(args.device), None
-    dataset = open_set(args.data, args.data_root)
+    dataset, maps = open_set(args.data, args.data_root), None
+    net = start_net(stage, args).to(args.device)
     bank = Bank(dataset, args.size, args.device, folder, parts=("image", "mask"))
     if not bank.has["mask"].all():
         raise UserError(f"--data {args.data}: not every picture has a mask")
@@ -787,6 +788,7 @@ def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
                 logit = captioner.read(captioner.see(images), first.to(args.device))[0]
                 scores.add_next(logit.argmax(2).cpu(), first)
         scores.merge(args.world)
+        texts = {name: said for part in args.world.gather(texts) for name, said in part.items()}
         if args.world.main:
             print(f"captions of {dataset.title}: {scores}")
             for name in list(texts)[:5]:
@@ -856,7 +858,10 @@ def main(argv: list[str] | None = None) -> None:
     fill_defaults(args)
     harness.prepare(args, "sdg_sod")
     small, results = args.data.startswith("shapes"), {}
-    for stage in (args.stage,) if args.stage else STAGES if small else ("sod", "caption", "guide"):
+    stages = (args.stage,) if args.stage else STAGES if small else ("sod", "caption", "guide")
+    if "caption" in stages:
+        open_set(args.captions, args.data_root, masks=False)  # lest it fails after hours
+    for stage in stages:
         results |= evaluate(stage, train(stage, args), args)
         harness.save_results(results, args, args.out / stage)
     harness.gallery([f"{stage}/pred/{{}}-{stage}" for stage in ("sod", "control", "guide")
