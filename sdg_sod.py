@@ -65,11 +65,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.ops import roi_align
 
 from common import captions, harness, runtime
 from common.backbones import PIXELS, backbone
-from common.bank import Bank, batches, epoch_order
+from common.bank import Bank, batches, crop, draw_crops, epoch_order
 from common.captions import END, LENGTH, PAD, START, tokenise
 from common.datasets import open_set
 from common.published import MIT_HEADS, mit_state, read_state, virtex_state
@@ -121,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="other: train with another photo's map, to see if it matters [own]")
     method.add_argument("--live", action="store_true", help="keep the captioner live, see D10")
     method.add_argument("--captions", metavar="SET", help="captioned photos [COCO-captions]")
+    method.add_argument("--freeze", action="store_true", help="the captioner's CNN")
     method.add_argument("--hidden", type=harness.positive, help="width of the text decoder [1024]")
     method.add_argument("--layers", type=harness.positive, default=1, help="of text decoder [1]")
     method.add_argument("--beam", type=harness.positive, default=5, help="1 is greedy [5]")
@@ -596,6 +596,7 @@ def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int
     tokens, counts = tokenise(heard.captions, args.lexicon)
     mirror = captions.mirrored(args.lexicon)
     net = make_captioner(args, args.backbone_weights).to(args.device)
+    net.encoder.requires_grad_(not args.freeze)
 
     def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
         which = torch.rand(len(index), generator=random) * counts[index]
@@ -687,20 +688,6 @@ def map_bank(captioner: Captioner, bank: Bank, args: argparse.Namespace) -> Tens
     for rank, part in enumerate(args.world.gather(torch.cat(parts))):
         maps[rank::args.world.size][:len(part)] = part
     return maps.to(args.device)
-
-
-def draw_crops(count: int, share: float, random: torch.Generator) -> Tensor:
-    """Boxes (left, top, right, bottom) in [0, 1] that leave out up to `share` of each axis. [B, 4]
-    """
-    cut = torch.rand(count, 2, generator=random) * share
-    start = torch.rand(count, 2, generator=random) * cut
-    return torch.cat([start, start + 1 - cut], 1)
-
-
-def crop(x: Tensor, box: Tensor) -> Tensor:
-    """What lies in the boxes [B, 4] of [B, C, h, w], enlarged to h x w."""
-    box = box * torch.tensor([x.shape[3], x.shape[2]] * 2, device=x.device)
-    return roi_align(x, list(box[:, None]), x.shape[2:], sampling_ratio=1, aligned=True)
 
 
 def rate(step: int, steps: int) -> float:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sdg_sod
-from common import captions
+from common import bank, captions
 from common.backbones import backbone
 from common.captions import END, PAD, START
 from common.runtime import UserError, World
@@ -262,11 +262,11 @@ def test_weights_matter_in_one_form_only():
 def test_crops_cut_what_they_say():
     x = torch.arange(64.0).view(1, 1, 8, 8).expand(2, 1, 8, 8)
     box = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.5, 0.0, 1.0, 0.5]])
-    out = sdg_sod.crop(x, box)
+    out = bank.crop(x, box)
     assert torch.allclose(out[0], x[0])
     quarter = F.interpolate(x[:1, :, :4, 4:], (8, 8), mode="bilinear", align_corners=False)
     assert torch.allclose(out[1][:, 1:-1, 1:-1], quarter[0][:, 1:-1, 1:-1])
-    boxes = sdg_sod.draw_crops(1000, 0.25, torch.Generator().manual_seed(0))
+    boxes = bank.draw_crops(1000, 0.25, torch.Generator().manual_seed(0))
     size = boxes[:, 2:] - boxes[:, :2]
     assert boxes.min() >= 0 and boxes.max() <= 1 and 0.75 <= size.min() < 0.76 and size.max() > 0.99
 

@@ -189,7 +189,7 @@ CHANGES = {
             ["--decoder", "literal"], ["--decoder", "psp"], ["--width", "8"], ["--amp", "bf16"],
             ["--encoder", "mit_b0", "--encoder-weights", "none"]],
     "caption": [["--hidden", "128"], ["--layers", "2"], ["--pixels", "unit"], ["--lr", "1e-4"],
-                ["--backbone-weights", "none"], ["--seed", "1"],
+                ["--backbone-weights", "none"], ["--seed", "1"], ["--freeze"],
                 ["--captions", "ECHO"]],
     "guide": [["--scales", "1"], ["--attn-norm", "max"], ["--attn-norm", "mean"],
               ["--attn-norm", "l1"], ["--attn-row", "read"], ["--xi-init", "normal"],
@@ -270,7 +270,7 @@ def refused(*flags) -> str:
 
 
 def test_a_problem_is_one_line_on_the_terminal():
-    done = command("--data", "DUTSTR")
+    done = command("--data", "DUTSTR", "--stage", "sod")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "DUTS-TR" in done.stderr
 
