@@ -43,7 +43,10 @@ Departures, and choices where the paper is silent:
     16; 40 epochs of guide. Flips, and F3Net's crops of up to an eighth of each axis.
  D5 the captioner learns with AdamW and flips (left and right change places in the words), VirTex
     with SGD, Lookahead, crops and colours. BatchNorm keeps the statistics of pretrained weights.
- D6 the vocabulary are the 10,000 most frequent words; VirTex: pieces of words.
+ D6 the features of the CNN are standardised; without it (--plain-grid, VirTex) our captioners had
+    learnt to speak long before they learnt to look. On shapes the grid also holds shallower maps,
+    since the tiny CNN's deepest one has forgotten colours. Words are whole words, the 10,000 most
+    frequent ones; VirTex's are pieces.
  D7 a word's map is the attention of the step that predicts it (--attn-row read: that reads it) in
     the forward direction's last layer, mean of the heads, without the start and the end.
  D8 normalise stretches each resized sum to [0, 1]; others: --attn-norm.
@@ -76,9 +79,11 @@ from common.runtime import UserError, autocast, generator, progress, save_json, 
 
 STAGES = ("sod", "caption", "control", "guide")
 PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
-         "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "captions": "COCO-captions"}
-SHAPES = {"epochs": (20, 12, 6, 6), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
-          "encoder": "mit_tiny", "backbone": "tiny", "hidden": 128, "captions": None}
+         "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "taps": 1, "freeze": False,
+         "captions": "COCO-captions"}
+SHAPES = {"epochs": (20, 20, 6, 6), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
+          "encoder": "mit_tiny", "backbone": "tiny", "hidden": 256, "taps": 4, "freeze": True,
+          "captions": None}
 PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S"]  # Table 1
 MIT = {  # channels, layers and heads of the four stages, width of the decoder
     "mit_tiny": ((24, 48, 96, 128), (1, 1, 2, 1), (1, 2, 4, 4), 64),
@@ -87,7 +92,7 @@ MIT = {  # channels, layers and heads of the four stages, width of the decoder
     "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), 768),
     "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3), (1, 2, 5, 8), 768)}
 GRID = 224  # the captioner's input, whose deepest map has 7 x 7 cells
-CAPTIONER = ("backbone", "pixels", "borders", "hidden", "layers", "lexicon")  # what describes it
+CAPTIONER = ("backbone", "pixels", "borders", "taps", "plain_grid", "hidden", "layers", "lexicon")
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -120,7 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
                         help="other: train with another photo's map, to see if it matters [own]")
     method.add_argument("--live", action="store_true", help="keep the captioner live, see D10")
     method.add_argument("--captions", metavar="SET", help="captioned photos [COCO-captions]")
-    method.add_argument("--freeze", action="store_true", help="the captioner's CNN")
+    method.add_argument("--taps", type=harness.positive,
+                        help="how many of the CNN's deepest maps make the grid, see D6 [1]")
+    method.add_argument("--plain-grid", action="store_true", help="do not standardise it, see D6")
+    method.add_argument("--freeze", action=argparse.BooleanOptionalAction,
+                        help="the captioner's CNN keeps its weights [no]")
     method.add_argument("--hidden", type=harness.positive, help="width of the text decoder [1024]")
     method.add_argument("--layers", type=harness.positive, default=1, help="of text decoder [1]")
     method.add_argument("--beam", type=harness.positive, default=5, help="1 is greedy [5]")
@@ -437,15 +446,18 @@ class DecoderLayer(nn.TransformerDecoderLayer):
 class Captioner(nn.Module):
     """VirTex: a CNN, and a transformer that writes captions forward and backward.
 
-    vocabulary: number of words V. The two directions share all but their layers; the output shares
-    its weights with the embedding. row, beam, released: see D7, --beam, --released.
+    vocabulary: number of words V; taps, plain: D6; row: D7. The two directions share all but their
+    layers, and the output shares its weights with the embedding.
     """
 
     def __init__(self, encoder: nn.Module, vocabulary: int, hidden: int, layers: int = 1,
-                 row: str = "predict", beam: int = 5, released: bool = False):
+                 taps: int = 1, plain: bool = False, row: str = "predict", beam: int = 5,
+                 released: bool = False):
         super().__init__()
-        self.row, self.beam, self.released = row, beam, released
-        self.encoder, self.projection = encoder, nn.Linear(encoder.channels[-1], hidden)
+        self.taps, self.row, self.beam, self.released = taps, row, beam, released
+        channels = sum(encoder.channels[-taps:])
+        self.encoder, self.projection = encoder, nn.Linear(channels, hidden)
+        self.standardise = nn.Identity() if plain else nn.BatchNorm2d(channels, affine=False)
         self.words = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
         self.positions = nn.Embedding(LENGTH, hidden)
         self.norm, self.dropout = nn.LayerNorm(hidden, 1e-8), nn.Dropout(0.1)
@@ -454,7 +466,7 @@ class Captioner(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         for name, p in self.named_parameters():
             if p.dim() > 1 and not name.startswith("encoder."):
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=0.64 / math.sqrt(p.shape[1]))     # 0.02 at 1024, as VirTex
         nn.init.zeros_(self.words.weight[PAD].data)
 
     def see(self, image: Tensor) -> Tensor:
@@ -462,7 +474,9 @@ class Captioner(nn.Module):
         if image.shape[2:] != (GRID, GRID):
             image = F.interpolate(image, (GRID, GRID), mode="bilinear", antialias=True,
                                   align_corners=False)
-        return self.projection(self.encoder(image)[-1].flatten(2).mT)
+        maps = self.encoder(image)[-self.taps:]
+        grid = torch.cat([F.adaptive_avg_pool2d(m, maps[-1].shape[2:]) for m in maps], 1)
+        return self.projection(self.standardise(grid).flatten(2).mT)
 
     def read(self, grid: Tensor, tokens: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
         """Tokens [B, T] -> logits [B, T, V] of the next one, and cross-attention [B, T, 49]."""
@@ -563,8 +577,8 @@ Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 def make_captioner(args: argparse.Namespace, weights: str | None) -> Captioner:
     """An untrained captioner on the CPU, its CNN filled as `backbone` does."""
     encoder = backbone(args.backbone, weights, args.pixels, weights != "none", borders=args.borders)
-    return Captioner(encoder, len(args.lexicon), args.hidden, args.layers, args.attn_row, args.beam,
-                     args.released)
+    return Captioner(encoder, len(args.lexicon), args.hidden, args.layers, args.taps,
+                     args.plain_grid, args.attn_row, args.beam, args.released)
 
 
 def load_captioner(path: str | Path, args: argparse.Namespace) -> Captioner:
@@ -580,6 +594,7 @@ def load_captioner(path: str | Path, args: argparse.Namespace) -> Captioner:
         count, args.hidden = state["words.weight"].shape
         args.layers = len({key.split(".")[1] for key in state if key.startswith("forwards.")})
         args.backbone, args.pixels, args.borders = "resnet50", "imagenet", "zeros"
+        args.taps, args.plain_grid = 1, True
         args.lexicon = captions.read_vocabulary(args.vocabulary, count)
     captioner = make_captioner(args, "none")
     runtime.load_state(captioner, state, path)
@@ -601,7 +616,8 @@ def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int
     def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
         which = torch.rand(len(index), generator=random) * counts[index]
         said = tokens[index, which.long()]                               # [B, 30]
-        said = torch.where(flip[:, None], mirror[said], said).to(args.device)
+        said = torch.where(flip[:, None], mirror[said], said)
+        said = said[:, :int((said != PAD).sum(1).max())].to(args.device)  # the longest one's length
         with autocast(args.device, args.amp):
             logits = net(bank.images(index, flip), said)
         return caption_loss(logits, said)
