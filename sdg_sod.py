@@ -41,8 +41,9 @@ Departures, and choices where the paper is silent:
     misspelt argument cancels the weights of the cross-entropy.
  D4 SegFormer's AdamW: weight decay 0.01 but on norms and biases, warm-up, linear decay; batches of
     16; 40 epochs of guide. Flips, and F3Net's crops of up to an eighth of each axis.
- D5 the captioner learns with AdamW and flips (left and right change places in the words), VirTex
-    with SGD, Lookahead, crops and colours. BatchNorm keeps the statistics of pretrained weights.
+ D5 the captioner starts from ImageNet's weights (VirTex: at random), whose BatchNorm statistics
+    it keeps, and learns with AdamW and flips (left and right change places in the words); VirTex
+    with SGD, Lookahead, crops and colours.
  D6 the features of the CNN are standardised; without it (--plain-grid, VirTex) our captioners had
     learnt to speak long before they learnt to look. On shapes the grid also holds shallower maps,
     since the tiny CNN's deepest one has forgotten colours. Words are whole words, the 10,000 most
@@ -149,7 +150,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
     # one number on the command line serves all stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v,) * 4 for v in (args.epochs, args.lr))
     args.captions = args.captions or args.data
-    args.width = args.width or MIT[args.encoder][3]
+    rival = args.decoder not in ("mlp", "literal") and not small
+    args.width = args.width or (512 if rival else MIT[args.encoder][3])
     args.bce = args.bce or ("coded" if args.released else "weighted")    # D3
     if args.hidden % 64:
         raise UserError(f"--hidden {args.hidden} is not a multiple of 64, the width of a head")
@@ -201,7 +203,7 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MixFFN, each on a normalised input, each dropped for some images in training"""
+    """Attention and MixFFN on normalised inputs, each dropped for some images in training."""
 
     def __init__(self, channels: int, heads: int, side: int, drop: float):
         super().__init__()
@@ -374,14 +376,17 @@ class ContextDecoder(nn.Module):
     def __init__(self, kind: str, channels: tuple[int, ...], width: int):
         super().__init__()
         self.kind, before = kind, sum(channels)
-        pool = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(before, width)) for n in (1, 2, 3, 6)]
-        self.contexts = nn.ModuleList({
-            "psp": pool, "apc": [Affinity(before, width, n) for n in (1, 2, 3, 6)],
-            "aspp": [pool[0], *(conv(before, width, *shape) for shape in
-                                ((1, 1), (3, 12), (3, 24), (3, 36)))],
-            "ann": [NonLocal(channels[3], channels[2], channels[3]), NonLocal(width, width, width)],
-        }[kind])
         inner = {"ann": channels[3], "aspp": 5 * width}.get(kind, before + 4 * width)
+        if kind == "ann":
+            contexts = [NonLocal(inner, channels[2], inner), NonLocal(width, width, width)]
+        elif kind == "apc":
+            contexts = [Affinity(before, width, n) for n in (1, 2, 3, 6)]
+        else:  # means over n x n regions; aspp has that of the whole map, and dilated convolutions
+            contexts = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(before, width))
+                        for n in ((1,) if kind == "aspp" else (1, 2, 3, 6))]
+        if kind == "aspp":
+            contexts += [conv(before, width, *shape) for shape in ((1,), (3, 12), (3, 24), (3, 36))]
+        self.contexts = nn.ModuleList(contexts)
         self.bottleneck = conv(inner, width, 3)
         self.predict = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(width, 1, 1))
 
@@ -610,7 +615,8 @@ def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int
     args.lexicon = captions.vocabulary(heard.captions)
     tokens, counts = tokenise(heard.captions, args.lexicon)
     mirror = captions.mirrored(args.lexicon)
-    net = make_captioner(args, args.backbone_weights).to(args.device)
+    usual = "imagenet" if args.backbone == "resnet50" else None
+    net = make_captioner(args, args.backbone_weights or usual).to(args.device)
     net.encoder.requires_grad_(not args.freeze)
 
     def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
