@@ -226,6 +226,20 @@ def test_a_beam_of_one_is_greedy_and_a_wide_one_is_likelier(captioner):
     assert likely[0] > likely[1]
 
 
+@torch.no_grad()
+def test_the_grid_holds_the_deepest_maps_standardised():
+    torch.manual_seed(0)
+    net, image = sdg_sod.Captioner(backbone("tiny"), 10, 64, taps=2), torch.rand(4, 3, 224, 224)
+    net.encoder.eval()
+    *_, four, five = net.encoder(image)                      # 14 x 14 and 7 x 7
+    x = torch.cat([four.unflatten(2, (7, 2)).unflatten(4, (7, 2)).mean((3, 5)), five], 1)
+    deviation = x.var((0, 2, 3), correction=0, keepdim=True).add(1e-5).sqrt()
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / deviation
+    assert torch.allclose(net.see(image), net.projection(x.flatten(2).mT), atol=1e-4)
+    plain = sdg_sod.Captioner(net.encoder, 10, 64, plain=True)
+    assert torch.allclose(plain.see(image), plain.projection(five.flatten(2).mT), atol=1e-5)
+
+
 def test_caption_loss_by_hand():
     tokens = torch.tensor([[START, 4, 5, END, PAD], [START, 3, END, PAD, PAD]])
     assert sdg_sod.reverse(tokens).tolist() == [[END, 5, 4, START, PAD], [END, 3, START, PAD, PAD]]
