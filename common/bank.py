@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
+from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
 
 from common.runtime import UserError, World, generator, parallel_map, progress
@@ -142,6 +143,20 @@ class MapBank:
 def resize(pixels: torch.Tensor | None, size: int) -> torch.Tensor | None:
     """uint8 [C, H, W] -> [C, size, size]; None stays None."""
     return None if pixels is None else TF.resize(pixels, [size, size], antialias=True)
+
+
+def draw_crops(count: int, share: float, random: torch.Generator) -> torch.Tensor:
+    """Boxes (left, top, right, bottom) in [0, 1] that leave out up to `share` of each axis. [B, 4]
+    """
+    cut = torch.rand(count, 2, generator=random) * share
+    start = torch.rand(count, 2, generator=random) * cut
+    return torch.cat([start, start + 1 - cut], 1)
+
+
+def crop(x: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """What lies in the boxes [B, 4] of [B, C, h, w], enlarged to h x w."""
+    box = box * torch.tensor([x.shape[3], x.shape[2]] * 2, device=x.device)
+    return roi_align(x, list(box[:, None]), x.shape[2:], sampling_ratio=1, aligned=True)
 
 
 def epoch_order(count: int, batch: int, seed: int, epoch: int,

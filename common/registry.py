@@ -100,7 +100,8 @@ TERMS = dict.fromkeys(SOURCES, "none stated; cite the paper") | {
 # public sets have: joint training is to see more photos, not the same ones again.
 SHAPES = {"shapes": {}, "shapes-depth": {"modality": "depth", "seed": 1},
           "shapes-thermal": {"modality": "thermal", "seed": 2},
-          "shapes-video": {"modality": "flow", "seed": 3}, "shapes-top": {"view": "top"}}
+          "shapes-video": {"modality": "flow", "seed": 3}, "shapes-top": {"view": "top"},
+          "shapes-named": {"named": True}, "shapes-named-60": {"named": True, "count": 60}}
 SHAPES |= {f"{name}-test": {**options, "split": "test"} for name, options in SHAPES.items()}
 
 

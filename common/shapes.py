@@ -3,12 +3,15 @@
     Shapes("train")                    480 scenes: picture, exact mask, five captions
     Shapes("test", modality="depth")   120 scenes, each with a depth, thermal or flow picture too
     Shapes("train", view="top")        seen from above: small objects on farmland, sea and airfields
+    Shapes("train", named=True)        only what captions mention is salient, among equal objects
 
 view="side": 1 to 3 salient objects of 8 classes and 8 colours, about 3 to 25 % of the picture each,
 rotated, shaded, seldom overlapping, over six kinds of textured background under uneven light. What
 else is there is not salient: specks and lines in the objects' colours, blotches, regions of another
 texture and colour. view="top" is a target for transfer in the manner of remote sensing: 1 to 6
 objects of 0.4 to 2.5 % and of four other classes, muted colours, even light, hard shadows.
+named=True is a test of meaning: 2 to 4 objects, alike in size, colour and paint, of which captions
+mention only the stars, crosses, hearts and crescents. Those are salient; the others are not.
 
 Definitions
     scene       depends on (seed, split, view, index) alone, up to the last bit of floating point.
@@ -45,6 +48,7 @@ COLOURS, TOP_COLOURS = tuple(RGB), ("red", "yellow", "blue", "white")
 CLASSES = ("disc", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
 TOP_CLASSES = ("plane", "ship", "tank", "house")
 BACKGROUNDS = ("smooth", "striped", "mottled", "chequered", "spotted", "hilly")
+NAMED = ("star", "cross", "heart", "crescent")
 GROUNDS = {"farmland": ("house", "tank"), "the sea": ("ship",), "an airfield": ("plane",)}
 COUNTS = {"train": 480, "test": 120}
 VIEWS = ("side", "top")
@@ -114,7 +118,8 @@ class Thing:
     polygon: np.ndarray
 
 
-def lay_out(rng: np.random.Generator, view: str) -> tuple[str, np.ndarray, list[Thing]]:
+def lay_out(rng: np.random.Generator, view: str, named: bool = False
+            ) -> tuple[str, np.ndarray, list[Thing]]:
     """Return (kind of background, its two colours [2, 3], things from the back to the front)."""
     if view == "top":
         ground = list(GROUNDS)[rng.integers(len(GROUNDS))]
@@ -127,10 +132,12 @@ def lay_out(rng: np.random.Generator, view: str) -> tuple[str, np.ndarray, list[
         gap = {name: np.linalg.norm(pair - RGB[name], axis=1).min() for name in COLOURS}
         names = [name for name in COLOURS if gap[name] > 75] or [max(gap, key=gap.get)]
         classes, most, areas = CLASSES, 3, (0.03, 0.25)
+    fewest, areas = (2, (0.03, 0.12)) if named else (1, areas)
     crowding = 0.8 if rng.random() < 0.15 else 1             # below 1: things may overlap a little
     things, taken = [], []
-    for _ in range(rng.integers(1, most + 1)):
-        kind, colour = str(rng.choice(classes)), str(rng.choice(names))
+    for k in range(rng.integers(fewest, most + fewest)):
+        pool = classes if not named or k > 1 else [c for c in classes if (c in NAMED) == (k == 0)]
+        kind, colour = str(rng.choice(pool)), str(rng.choice(names))
         tint = np.clip(RGB[colour] + rng.uniform(-16, 16, 3), 0, 255)
         tint = tint if view == "side" else 0.65 * tint + 45  # muted
         for _ in range(20):                                  # until it fits, else do without it
@@ -385,12 +392,13 @@ class Shapes(Dataset):
     split: "train" (480 scenes) or "test" (120). modality: None, "depth", "thermal" or "flow".
     view: "side" or "top". size: height and width in pixels, 32 or more so that all can be seen.
     count: another number of scenes, which begin with the same ones. seed: another world, 0 or more.
+    named: only things of the classes `NAMED` are salient and described (view "side" alone).
     `classes` are the view's class names, `names` the scenes' names, `title` is for messages.
     Raises `UserError` for an unknown split, modality or view, and for a smaller size.
     """
 
     def __init__(self, split: str = "train", modality: str | None = None, view: str = "side",
-                 size: int = 160, count: int | None = None, seed: int = 0):
+                 size: int = 160, count: int | None = None, seed: int = 0, named: bool = False):
         for what, value, known in (("split", split, tuple(COUNTS)), ("view", view, VIEWS),
                                    ("modality", modality, (None, *MODALITIES))):
             if value not in known:
@@ -398,9 +406,9 @@ class Shapes(Dataset):
         if size < 32:
             raise UserError(f"shapes cannot be drawn at size {size}; choose 32 or more")
         self.split, self.modality, self.view = split, modality, view
-        self.size, self.seed = size, seed
+        self.size, self.seed, self.named = size, seed, named
         self.classes = CLASSES if view == "side" else TOP_CLASSES
-        stem = f"shapes-{split}" if view == "side" else f"shapes-top-{split}"
+        stem = f"shapes{'-named' * named}{'-top' * (view == 'top')}-{split}"
         self.names = [f"{stem}-{i:05d}" for i in range(COUNTS[split] if count is None else count)]
         self.title = f"{stem} with {modality}" if modality else stem
 
@@ -416,7 +424,8 @@ class Shapes(Dataset):
 
     def labels(self, i: int) -> torch.Tensor:
         """1 for the classes in scene `i`, else 0; draws nothing. float [len(self.classes)]"""
-        kinds = {thing.kind for thing in lay_out(self.stream(i, "layout"), self.view)[2]}
+        things = lay_out(self.stream(i, "layout"), self.view, self.named)[2]
+        kinds = {thing.kind for thing in things}
         return torch.tensor([float(name in kinds) for name in self.classes])
 
     def objects(self, i: int) -> list[dict]:
@@ -426,15 +435,20 @@ class Shapes(Dataset):
         "box": (left, top, right, bottom) in pixels, the last two exclusive,
         "centre": (x, y), the mask's centroid in [0, 1]}.
         """
-        things = lay_out(self.stream(i, "layout"), self.view)[2]
-        return describe(things, [coverage([thing.polygon], self.size) for thing in things])
+        things = lay_out(self.stream(i, "layout"), self.view, self.named)[2]
+        shares = [coverage([thing.polygon], self.size) for thing in things]
+        return self.salient(describe(things, shares))
+
+    def salient(self, objects: list[dict]) -> list[dict]:
+        """Those of a scene's objects that are salient: all, or with `named` the named ones."""
+        return [one for one in objects if not self.named or one["class"] in NAMED]
 
     def __getitem__(self, i: int) -> dict:
         """The sample: image uint8 [3, H, W], mask uint8 [1, H, W] of 0 and 255, modality
         uint8 [3, H, W] or None, caption (five sentences), name, size (H, W)."""
-        layout = ground, _, things = lay_out(self.stream(i, "layout"), self.view)
+        layout = ground, _, things = lay_out(self.stream(i, "layout"), self.view, self.named)
         shares = [coverage([thing.polygon], self.size) for thing in things]
-        objects = describe(things, shares)
+        objects = self.salient(describe(things, shares))
         image = paint(self.stream(i, "paint"), self.view, layout, shares, self.size)
         mask = np.any([one["mask"] for one in objects], 0)[None]                # [1, H, W]
         modality = None

@@ -413,6 +413,8 @@ def test_shapes_open_by_name():
     sample = dataset[0]
     assert sample["modality"].shape == sample["image"].shape
     assert sorted(SHAPES) == sorted(
-        f"shapes{kind}{split}" for kind in ("", "-depth", "-thermal", "-video", "-top")
-        for split in ("", "-test"))
+        f"shapes{kind}{split}" for split in ("", "-test")
+        for kind in ("", "-depth", "-thermal", "-video", "-top", "-named", "-named-60"))
+    few, many = open_set("shapes-named-60"), open_set("shapes-named")
+    assert (len(few), len(many)) == (60, 480) and torch.equal(few[59]["mask"], many[59]["mask"])
     assert not torch.equal(open_set("shapes")[0]["image"], open_set("shapes-test")[0]["image"])

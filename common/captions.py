@@ -1,0 +1,158 @@
+"""Captions as data: words, vocabulary, tokens, scores, and pictures of where words look.
+
+    words = vocabulary(captions)               # the 10,000 most frequent, after three special ones
+    tokens, counts = tokenise(captions, words)  # [N, most captions, 30] and captions per photo [N]
+    tokens = mirrored(words)[tokens]           # the captions of the mirrored photos
+
+Tokens are numbers of words: PAD after the end, START, the words, END. A word that is not in the
+vocabulary is left out; a caption with more than 28 words is cut and has no end.
+"""
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from common.runtime import UserError, World
+
+PAD, START, END = 0, 1, 2
+LENGTH = 30
+
+
+def split(caption: str) -> list[str]:
+    """'A man, sitting.' -> ['a', 'man', 'sitting']"""
+    return re.findall(r"[\w'-]*\w", caption.lower())
+
+
+def vocabulary(captions: Sequence[Sequence[str]], size: int = 10_000) -> list[str]:
+    """The most frequent words of the captions of all photos, `size` with the special tokens."""
+    counts = Counter(word for texts in captions for text in texts for word in split(text))
+    most = sorted(counts, key=lambda word: (-counts[word], word))
+    return ["[PAD]", "[START]", "[END]", *most[:size - 3]]
+
+
+def read_vocabulary(path: str | Path | None, count: int) -> list[str]:
+    """The first column of a file of `count` lines (SentencePiece's .vocab); raises `UserError`.
+
+    Without a file, words are their numbers.
+    """
+    if path is None:
+        return [str(i) for i in range(count)]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the vocabulary {path} ({error})") from None
+    if len(lines) != count:
+        raise UserError(f"{path} has {len(lines)} lines, but the captioner knows {count} words; "
+                        "give the vocabulary that it was trained with")
+    return [line.split("\t")[0] for line in lines]
+
+
+def tokenise(captions: Sequence[Sequence[str]], words: list[str]) -> tuple[Tensor, Tensor]:
+    """Captions of N photos -> tokens [N, most captions, 30], number of captions [N]."""
+    number = {word: i for i, word in enumerate(words)}
+    tokens = torch.zeros(len(captions), max(map(len, captions)), LENGTH, dtype=torch.long)
+    for i, texts in enumerate(captions):
+        for k, text in enumerate(texts):
+            row = [START, *(number[word] for word in split(text) if word in number), END][:LENGTH]
+            tokens[i, k, :len(row)] = torch.tensor(row)
+    return tokens, torch.tensor([len(texts) for texts in captions])
+
+
+def to_words(tokens: Tensor, words: list[str]) -> list[str]:
+    """Tokens [T] -> the words among them."""
+    return [words[token] for token in tokens.tolist() if token > END]
+
+
+def mirrored(words: list[str]) -> Tensor:
+    """What each token is in the caption of the mirrored photo: left is right. [V]"""
+    number, swap = {word: i for i, word in enumerate(words)}, {"left": "right", "right": "left"}
+    return torch.tensor([number.get(swap.get(word, word), i) for i, word in enumerate(words)])
+
+
+class Overheard(Dataset):
+    """A data set that remembers the captions of all that is read from it, in `captions`."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.names, self.title = dataset, dataset.names, dataset.title
+        self.captions = [[] for _ in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        self.captions[index] = sample["caption"] or []
+        return sample
+
+
+class Scores:
+    """Sums over the captions written for a data set; `means` explains its numbers."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.sums = dataset, Counter()
+
+    def add(self, sample: dict, said: list[str], maps: Tensor) -> None:
+        """The words written for a sample, and the map of each [>= words, h, w]."""
+        known = {word for text in sample["caption"] or [] for word in split(text)}
+        self.sums.update(words=len(said), said=sum(word in known for word in said))
+        if hasattr(self.dataset, "objects"):
+            objects = self.dataset.objects(self.dataset.names.index(sample["name"]))
+            for j, word in enumerate(said):
+                kind = next((k for k in self.dataset.classes if word in (k, k + "s", k + "es")), "")
+                same = [one["mask"] for one in objects
+                        if one["class"] == kind and one["colour"] == said[j - 1]]
+                self.sums.update(named=kind > "")
+                if same:
+                    mask = torch.from_numpy(sum(same) > 0).to(maps)
+                    heat = F.interpolate(maps[j][None, None], mask.shape, mode="bilinear",
+                                         align_corners=False)[0, 0]
+                    self.sums.update(true=1, area=mask.mean().item(),
+                                     inside=((heat * mask).sum() / heat.sum()).item())
+
+    def add_next(self, predicted: Tensor, tokens: Tensor) -> None:
+        """What was predicted to follow each of the tokens of captions, both [B, T]."""
+        right = (predicted[:, :-1] == tokens[:, 1:])[tokens[:, 1:] != PAD]
+        self.sums.update(next=int(right.sum()), tokens=len(right))
+
+    def merge(self, world: World) -> None:
+        """Add up the sums of all processes."""
+        self.sums = sum(world.gather(self.sums), Counter())
+
+    def means(self) -> dict[str, float]:
+        """Those of the following that the data set allows.
+
+        next    share of the words of photos' captions that were predicted from those before
+        said    share of the written words that are in one of the photo's captions
+        true    share of the class names, written for built-in scenes, for which an object of this
+                class has the colour named before
+        inside  attention of the true names within the masks of these objects
+        area    the share of the picture that the masks cover: `inside` of a look without aim
+        """
+        pairs = (("next", "tokens"), ("said", "words"), ("true", "named"), ("inside", "true"),
+                 ("area", "true"))
+        return {a: self.sums[a] / self.sums[b] for a, b in pairs if self.sums[b]}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.3f}" for name, value in self.means().items())
+
+
+def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int = 160) -> Tensor:
+    """A strip: pictures [C, S, S] in [0, 1], and the first again for each word, bright where its
+    map looks; maps [>= words, h, w]. uint8 [side + 16, side * n, 3]"""
+    cells = [TF.resize(p.cpu(), [side, side]).expand(3, -1, -1) for p in pictures]
+    for m in maps[:len(said)].cpu().float():
+        heat = F.interpolate((m / m.max())[None, None], (side, side), mode="bilinear",
+                             align_corners=False)[0]
+        cells.append(cells[0] * (0.2 + 0.8 * heat))
+    strip = F.pad(torch.cat(cells, 2), (0, 0, 0, 16), value=1)
+    picture = Image.fromarray((strip * 255 + 0.5).byte().permute(1, 2, 0).numpy())
+    for j, word in enumerate(said, len(pictures)):
+        ImageDraw.Draw(picture).text((side * j + 4, side + 2), word, fill=(0, 0, 0))
+    return TF.pil_to_tensor(picture).permute(1, 2, 0)
