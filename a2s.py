@@ -362,6 +362,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
         net.train()
         loss, images = train_epoch(stage, parallel, optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
+        world.average_buffers(net)
         logit, picture = partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = {"mirror": harness.mirror(logit, bank)} if stage == 1 else {}
         seen |= watch(logit, picture)
@@ -499,7 +500,7 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
     saved = runtime.torch_load(path)
     if "method" not in saved and any(key.startswith("decoder.") for key in saved):
         stage, args.released, state = int(args.stage or 2), True, from_released(saved)
-        args.data = "MSRA-B"
+        args.data, args.out = "MSRA-B", args.out or Path("runs", "a2s-released")
     else:
         names = ("backbone", "pixels", "borders", "released", "boundary", "threshold", "detector",
                  "unary", "data")

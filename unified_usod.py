@@ -11,7 +11,7 @@ Stage 2 trains a two-stream detector on the labels of all tasks together, and me
 it learns: with its own prediction and with that prediction snapped to edges. --transfer carries
 stage 1 to video or remote sensing: only an adapter beside its deepest block is trained.
 
-    photo -> encoder -> E3 E4 E5 -> T (+ Ta) -> F -> theta -> Otsu, CRF, median -> G
+    photo -> encoder -> E3 E4 E5 -> T (E5: T + Ta) -> F -> theta -> Otsu, CRF, median -> G
              frozen               L_pcl-sd + 0.05 L_btm + L_sc
     photo    -> encoder -> levels -> chain 1 --+
                             global map --------+--> S <- L_iou + L_ms -> G
@@ -30,16 +30,17 @@ Results. Paper (MoCo v2 ResNet-50, RTX 3090), F / MAE: ECSSD .923 / .038, NJUD .
 .843 / .038; carried over, DAVIS .793 / .030. Ours: not run; at small scale: README.
 
 Departures. The paper is the default. Where it is silent the released code is followed: first level
-after a pooling, corner rule for the sign, Otsu's threshold, half weight for the second scale and
-0.2 for the photo chain's head, no weight decay in stage 2, its encoders at rest in epoch 1 and at
-a tenth of the rate then, modality not normalised, SPR from epoch 2 on, MoCo v2 of 200 epochs.
+after a pooling, corner rule for the sign, Otsu's threshold, MoCo v2 of 200 epochs; in stage 2 half
+weight for the second scale and 0.2 for the photo chain's head, no weight decay, encoders at rest in
+epoch 1 and at a tenth of the rate then, modality not normalised, SPR from epoch 2 on.
 --released follows the authors' code also where it contradicts the paper:
  D1 the curriculum's epoch Ec starts at 0 and grows with every step; released: by ones from 1.
- D2 the distilling loss is linear; released: its power falls from 2 to 1 (--power annealed).
+ D2 the distilling loss is linear; released: its power falls from 2 to nearly 1 (--power).
  D3 the curriculum holds in transfer too (Fig. 2); released: not there.
  D4 stage 2's learning rate is constant; released: it falls linearly to a fifth, as in stage 1.
  D5 SPR weighs 0.2 0.6 0.2, PAR is scaled so that its weights add up to 1; released: 0.1 0.7 0.2,
-    and PAR's map and the new label are divided by their maxima.
+    and PAR's map and the new label are divided by their maxima. (Theirs also stretches a label to
+    [0, 1] before it is cut, not done here, and runs SPR only with --olr.)
  D6 both scales take the sign of the first; released: each its own, and they may contradict.
  D7 BatchNorm of what is pretrained or frozen keeps its statistics, as in a2s.py; released: batch.
 Ours in both cases:
@@ -47,7 +48,8 @@ Ours in both cases:
     dilations, and its iterations.
  D9 L_sc is a mean square, as released; the paper writes a norm.
  D10 a batch without a boundary has L_btm 0 (released: not a number); labels have 8 bits.
- D11 of several processes each has its own boundaries in L_btm, and statistics in the detector.
+ D11 of several processes each has its own boundaries in L_btm and its own BatchNorm statistics,
+    which are averaged after each epoch.
 Not implemented: the released code's adapter in the detector, whose training crashes there; as in
 its README, transfer trains a new detector on the target's labels (Fig. 2).
 
@@ -73,8 +75,8 @@ PAPER = {"epochs": (20, 10), "lr": (0.1, 0.005), "batch_size": 8, "size": 320, "
          "backbone": "resnet50", "sxy": 50.0, "srgb": 5.0}
 SHAPES = {"epochs": (1, 3), "lr": (0.1, 0.05), "batch_size": 8, "size": 128, "width": 0.125,
           "backbone": "tiny", "sxy": 100.0, "srgb": 20.0}
-FIXED = ("backbone", "pixels", "borders", "sign")  # flags that a checkpoint decides on
-FREE = ("size", "width", "sxy", "srgb")            # ... unless they are given
+FIXED = ("backbone", "pixels", "borders", "sign", "width", "threshold")  # a checkpoint's flags
+FREE = ("size", "sxy", "srgb", "backbone_weights")                       # ... unless given
 SIDES = (0.6, 0.8, 1.2, 1.4)  # of the second scale: 192, 256, 384, 448 for 320
 TARGETS = {"video": ("VSOD-TR", "shapes-video"), "rsi": ("RSSD-TR", "shapes-top")}
 PAPER_SETS = {"DUTS-TR": "DUT-OMRON DUTS-TE ECSSD HKU-IS PASCAL-S", "VT5000-TR": "VT5000-TE VT1000 "
@@ -395,7 +397,8 @@ def make_net(stage: int, args: argparse.Namespace, weights: str | None,
 def adapt(net: CueExtractor, args: argparse.Namespace) -> None:
     """Give `net` the base's weights and freeze all of it but its adapter, which starts anew."""
     new = {key: value for key, value in net.state_dict().items() if key.startswith("adapter.")}
-    net.load_state_dict(runtime.torch_load(args.base / "stage1" / "last.pt")["model"] | new)
+    path = args.base / "stage1" / "last.pt"
+    runtime.load_state(net, runtime.load_checkpoint(path, METHOD, 1)["model"] | new, path)
     net.requires_grad_(False)
     net.adapter.requires_grad_(True)
 
@@ -406,7 +409,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     dataset = open_set(args.data, args.data_root, masks=False)
     torch.manual_seed(args.seed)
     adapting = stage == 1 and args.transfer is not None
-    net = make_net(stage, args, args.backbone_weights, adapting)
+    net = make_net(stage, args, "none" if adapting else args.backbone_weights, adapting)
     if adapting:
         adapt(net, args)
     parts = {inside: [p for name, p in net.named_parameters() if p.requires_grad
@@ -429,6 +432,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
                 part.train(any(p.requires_grad for p in part.parameters()))
         loss, images = train_epoch(stage, world.parallel(net), optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
+        world.average_buffers(net)                                       # D11
         logit, picture = partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = {"mirror": harness.mirror(logit, bank)} if stage == 1 else {}
         seen |= watch(logit, picture)
@@ -621,7 +625,7 @@ def evaluate(stage: int, net: nn.Module, args: argparse.Namespace,
 
 
 def open_base(args: argparse.Namespace) -> None:
-    """Transfer: take over the base's flags, go from its data and run folder to the target's."""
+    """Transfer: take over what the base's checkpoint decides on, turn to the target's data."""
     args.base, small = harness.run_folder(args, METHOD), args.data.startswith("shapes")
     for path in (args.base / f"stage{stage}" / "last.pt" for stage in (2, 1)):
         if not path.exists():
@@ -636,8 +640,8 @@ def zero_shot(args: argparse.Namespace) -> dict[str, dict]:
     """Scores of the base's networks on the target's evaluation sets."""
     results = {}
     for stage in (1, 2):
-        net = make_net(stage, args, "none")
-        net.load_state_dict(runtime.torch_load(args.base / f"stage{stage}" / "last.pt")["model"])
+        net, path = make_net(stage, args, "none"), args.base / f"stage{stage}" / "last.pt"
+        runtime.load_state(net, runtime.load_checkpoint(path, METHOD, stage)["model"], path)
         results |= evaluate(stage, net, args, "-zero-shot")
     return results
 
@@ -647,7 +651,8 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
     saved = runtime.torch_load(path)
     if "method" not in saved and any(key.startswith("decoder.") for key in saved):
         stage, state = 1 + any(key.startswith("t_net.") for key in saved), from_released(saved)
-        args.released, args.data = True, "+".join(list(PAPER_SETS)[:3])
+        args.released, args.backbone, args.data = True, "resnet50", "+".join(list(PAPER_SETS)[:3])
+        args.out = args.out or Path("runs", f"{METHOD}-released")
     else:
         saved = harness.restore(path, METHOD, args, (*FIXED, "released", "data"), FREE)
         stage, state = saved["stage"], saved["model"]
@@ -692,6 +697,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.weights or args.predict:
         run = harness.run_folder(args, METHOD)
+        if args.transfer:
+            run = args.out = run / f"to-{Path(args.transfer).name}"
         args.weights = args.weights or run / f"stage{args.stage or 2}" / "last.pt"
         stage, net = load(args.weights, args)
         if args.predict:

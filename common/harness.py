@@ -143,7 +143,7 @@ def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
         return 0
     saved = runtime.load_checkpoint(path, method, stage)
     free = {"out", "data_root", "device", "compile", "eval", "watch", "resume", "weights", "stage",
-            "predict", "cutout", "crf"}
+            "predict", "cutout", "crf", "base"}
     other = [f"--{key.replace('_', '-')} {saved['args'].get(key)}" for key in flags
              if key not in free and flags[key] != saved["args"].get(key)]
     if other:
@@ -261,7 +261,7 @@ def mirror(forward: Forward, bank: Bank) -> float:
     """Correlation between the maps of the first 64 photos and of the same photos mirrored.
 
     Without masks it tells a map that follows the photo (near 1) from one that follows the place in
-    the picture (near 0), the way in which unsupervised training fails on small pictures.
+    the picture (near 0 or below), the way in which unsupervised training fails on small pictures.
     """
     index = torch.arange(min(64, len(bank))).split(8)
     maps = [torch.cat([torch.sigmoid(forward(bank.images(i, torch.full((len(i),), flip))))
