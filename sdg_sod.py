@@ -19,11 +19,11 @@ maps the resized sum is used, so 49 numbers per photo, computed once, are all th
 Usage
     python sdg_sod.py                                   # built-in shapes, no download, minutes
     python sdg_sod.py --data DUTS-TR --captions COCO-captions --encoder-weights mit_b3.pth
-    python sdg_sod.py --stage sod --data COCO-SOD --epochs 30 --out runs/coco      # for the rows +:
-    python sdg_sod.py --data DUTS-TR --pretrained runs/coco/sod/last.pt
+    python sdg_sod.py --stage sod --data COCO-SOD --epochs 30 --encoder-weights FILE --out coco
+    python sdg_sod.py --data DUTS-TR --pretrained coco/sod/last.pt                 # ... SDG-SOD+
     python sdg_sod.py --stage guide --data DUTS-TR --captioner bicaptioning_R_50_L1_H2048.pth
     python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
-    torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR
+    torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR --encoder-weights mit_b3.pth
 
 Stages, in order: sod (PVT-SOD, the saliency branch), caption (the guidance branch), control (only
 on shapes unless asked for: PVT-SOD fine-tuned as long as guide), guide (both, fine-tuned).
@@ -33,26 +33,32 @@ Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 /
 .026. Ours at that size: not run. At small scale: README.
 
 Departures, and choices where the paper is silent:
- D1 "PVT" is SegFormer's MiT: overlapping patches, no position code and R = 64 16 4 1 fit it alone.
-    Its weights (segmentation) are a file of yours. Layers 2 2 2 2 are taken for mit_b1's.
+ D1 "PVT" is SegFormer's MiT, whose weights (segmentation) are a file of yours: PVT has a position
+    code and patches that do not overlap; PVTv2 would fit the text as well. Layers 2 2 2 2 are taken
+    for mit_b1's.
  D2 the decoder is SegFormer's, fused by a layer with BatchNorm, width 256 (b0, b1) or 768;
     --decoder literal is the text's single layer.
  D3 F3Net's loss as its paper has it, both terms weighted; --bce coded: as its code has it, where a
     misspelt argument cancels the weights of the cross-entropy.
  D4 SegFormer's AdamW: weight decay 0.01 but on norms and biases, warm-up, linear decay; batches of
-    16; 40 epochs of guide. Flips, and F3Net's crops of up to an eighth of each axis.
+    16; 40 more epochs for guide, where the paper names 80 in all. Flips, and F3Net's crops of up to
+    an eighth of each axis.
  D5 the captioner starts from ImageNet's weights (VirTex: at random), whose BatchNorm statistics
-    it keeps, and learns with AdamW and flips (left and right change places in the words); VirTex
-    with SGD, Lookahead, crops and colours.
+    it keeps, and learns with AdamW at one rate and flips (left and right change places in the
+    words) for 20 epochs of batches of 16; VirTex with SGD, Lookahead, crops, colours, the CNN's
+    rate 200 times the text's, 500,000 steps of 256. Ours is untested at that size.
  D6 the features of the CNN are standardised; without it (--plain-grid, VirTex) our captioners had
     learnt to speak long before they learnt to look. On shapes the grid also holds shallower maps,
     since the tiny CNN's deepest one has forgotten colours. Words are whole words, the 10,000 most
     frequent ones; VirTex's are pieces.
  D7 a word's map is the attention of the step that predicts it (--attn-row read: that reads it) in
-    the forward direction's last layer, mean of the heads, without the start and the end.
+    the forward direction's last layer, mean of the heads, without the start and the end; the
+    start token is read before them, also with --released.
  D8 normalise stretches each resized sum to [0, 1]; others: --attn-norm.
  D9 xi starts at 0, so that guidance starts as the network that it was given.
  D10 a mirrored or cropped photo takes its map along; --live describes it anew.
+ D11 with several processes each draws for its own share of a batch and normalises by it;
+    BatchNorm's statistics are averaged after each epoch. Results depend a little on their number.
 --released follows the code of F3Net in D3, and of VirTex's beam search, which forgets to feed the
 start token after its first step.
 The tool for annotating COCO (Appendix A) is data/relabel.py.
@@ -68,7 +74,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from common import captions, harness, runtime
 from common.backbones import PIXELS, backbone
@@ -115,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="most that training cuts from either axis [0.125]")
     method.add_argument("--sod", metavar="FILE", help="for control, guide [<out>/sod/last.pt]")
     method.add_argument("--captioner", metavar="FILE",
-                        help="for guide, ours or VirTex's [<out>/caption/last.pt]")
+                        help="for guide, ours or VirTex's bicaptioning [<out>/caption/last.pt]")
     method.add_argument("--scales", type=int, nargs="+", choices=(1, 2, 3, 4), default=[1, 2, 3, 4],
                         help="guided scales, from 1, the finest, Table 3 [1 2 3 4]")
     method.add_argument("--attn-norm", choices=("minmax", "max", "mean", "l1"), default="minmax",
@@ -153,6 +158,10 @@ def fill_defaults(args: argparse.Namespace) -> None:
     rival = args.decoder not in ("mlp", "literal") and not small
     args.width = args.width or (512 if rival else MIT[args.encoder][3])
     args.bce = args.bce or ("coded" if args.released else "weighted")    # D3
+    if args.decoder == "ann":  # all that it sees
+        args.scales = [scale for scale in args.scales if scale > 2] or [3, 4]
+    if args.maps == "other" and args.live:
+        raise UserError("--maps other needs maps made beforehand: leave out --live")
     if args.hidden % 64:
         raise UserError(f"--hidden {args.hidden} is not a multiple of 64, the width of a head")
     if not 0 <= args.crop < 1:
@@ -307,6 +316,7 @@ class Guidance(nn.Module):
         mean, top = m.mean((2, 3), keepdim=True), m.amax((2, 3), keepdim=True)
         low = m.amin((2, 3), keepdim=True) if self.kind == "minmax" else 0
         # a word's map sums to 1 over 49 cells: 49 times the mean of the sum is T
+        # (after resizing or a crop nearly T)
         scale = {"minmax": top - low, "max": top, "l1": mean, "mean": 49 * mean}[self.kind]
         return (m - low) / scale.clamp(min=1e-6)
 
@@ -720,6 +730,7 @@ def rate(step: int, steps: int) -> float:
 def train(stage: str, args: argparse.Namespace) -> nn.Module:
     """Train one stage from its start or, with --resume, from last.pt."""
     world, folder, epochs = args.world, args.out / stage, args.epochs[STAGES.index(stage)]
+    args.lexicon = None                          # the vocabulary: stages caption and guide set it
     torch.manual_seed(args.seed)
     net, count, loss = caption_task(args, folder) if stage == "caption" else \
         sod_task(stage, args, folder)
@@ -738,6 +749,7 @@ def train(stage: str, args: argparse.Namespace) -> nn.Module:
         net.train()
         mean, images = train_epoch(stage, parallel, loss, optimiser, count, epoch, args)
         runtime.require_finite(mean, epoch)
+        world.average_buffers(net if stage == "caption" else net.decoder)  # D11
         picture = folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = {} if stage == "caption" else watch(partial(forward, net, args=args), picture)
         log.epoch(epoch, images, loss=mean, lr=optimiser.param_groups[0]["lr"], **seen)
@@ -786,13 +798,15 @@ def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
         dataset = open_set(spec, args.data_root)
         scores, texts = captions.Scores(dataset), {}
         for samples, images in harness.batches_of(dataset, args, f"describe {dataset.title}"):
-            for sample, image, tokens, maps in zip(samples, images, *captioner.look(images)):
+            with autocast(args.device, args.amp):
+                found = captioner.look(images)
+            for sample, image, tokens, maps in zip(samples, images, *found):
                 texts[sample["name"]] = said = captions.to_words(tokens, args.lexicon)
                 scores.add(sample, said, maps)
                 if len(texts) <= 8:
                     save_png(folder / "vis" / f"{sample['name']}.png",
                              captions.draw_words([image], said, maps))
-            if samples[0]["caption"]:
+            if all(sample["caption"] for sample in samples):
                 first = tokenise([s["caption"][:1] for s in samples], args.lexicon)[0][:, 0]
                 logit = captioner.read(captioner.see(images), first.to(args.device))[0]
                 scores.add_next(logit.argmax(2).cpu(), first)
@@ -822,7 +836,9 @@ def predict_words(net: nn.Module, args: argparse.Namespace) -> None:
     captioner = net.eval() if isinstance(net, Captioner) else net.captioner.eval()
     for samples, images in harness.batches_of(photos, args, "words"):
         logits = [] if net is captioner else forward(net, images, args)
-        for i, (words, maps) in enumerate(zip(*captioner.look(images))):
+        with autocast(args.device, args.amp):
+            found = captioner.look(images)
+        for i, (words, maps) in enumerate(zip(*found)):
             name, said = samples[i]["name"], captions.to_words(words, args.lexicon)
             print(f"{name}: {' '.join(said)}")
             pictures = [images[i], *(torch.sigmoid(logit) for logit in logits[i:i + 1])]
@@ -834,7 +850,9 @@ def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
     """Stage and network of one of our checkpoints, or of VirTex's."""
     saved = runtime.torch_load(path)
     if "method" not in saved or saved["stage"] == "caption":
-        stage, net, args.size = "caption", load_captioner(path, args), args.size or GRID
+        stage, net, was = "caption", load_captioner(path, args), saved.get("args", {})
+        args.data, args.size = was.get("data", "DUTS-TR"), args.size or was.get("size", GRID)
+        net.beam, net.released = was.get("beam", args.beam), was.get("released", args.released)
     else:
         names = (*CAPTIONER, "encoder", "decoder", "width", "scales", "attn_norm", "attn_row",
                  "beam", "released", "data")
@@ -851,7 +869,7 @@ def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
 def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
     args = build_parser().parse_args(argv)
-    args.lexicon = None                                      # the vocabulary, when it is known
+    args.lexicon = None
     if args.weights or args.predict:
         run = harness.run_folder(args, "sdg_sod")
         args.weights = args.weights or run / (args.stage or "guide") / "last.pt"
@@ -868,6 +886,9 @@ def main(argv: list[str] | None = None) -> None:
     harness.prepare(args, "sdg_sod")
     small, results = args.data.startswith("shapes"), {}
     stages = (args.stage,) if args.stage else STAGES if small else ("sod", "caption", "guide")
+    if not args.stage:  # what was given need not be trained
+        given = {"sod": args.sod, "caption": args.captioner}
+        stages = [stage for stage in stages if not given.get(stage)]
     if "caption" in stages:
         open_set(args.captions, args.data_root, masks=False)  # lest it fails after hours
     for stage in stages:

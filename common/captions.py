@@ -107,14 +107,14 @@ class Scores:
             for j, word in enumerate(said):
                 kind = next((k for k in self.dataset.classes if word in (k, k + "s", k + "es")), "")
                 same = [one["mask"] for one in objects
-                        if one["class"] == kind and one["colour"] == said[j - 1]]
+                        if one["class"] == kind and one["colour"] == said[max(j - 1, 0)]]
                 self.sums.update(named=kind > "")
                 if same:
                     mask = torch.from_numpy(sum(same) > 0).to(maps)
                     heat = F.interpolate(maps[j][None, None], mask.shape, mode="bilinear",
                                          align_corners=False)[0, 0]
-                    self.sums.update(true=1, area=mask.mean().item(),
-                                     inside=((heat * mask).sum() / heat.sum()).item())
+                    inside = (heat * mask).sum() / heat.sum().clamp(min=1e-9)
+                    self.sums.update(true=1, area=mask.mean().item(), inside=inside.item())
 
     def add_next(self, predicted: Tensor, tokens: Tensor) -> None:
         """What was predicted to follow each of the tokens of captions, both [B, T]."""
@@ -148,7 +148,8 @@ def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int 
     map looks; maps [>= words, h, w]. uint8 [side + 16, side * n, 3]"""
     cells = [TF.resize(p.cpu(), [side, side]).expand(3, -1, -1) for p in pictures]
     for m in maps[:len(said)].cpu().float():
-        heat = F.interpolate((m / m.max())[None, None], (side, side), mode="bilinear",
+        m = m / m.max().clamp(min=1e-9)
+        heat = F.interpolate(m[None, None], (side, side), mode="bilinear",
                              align_corners=False)[0]
         cells.append(cells[0] * (0.2 + 0.8 * heat))
     strip = F.pad(torch.cat(cells, 2), (0, 0, 0, 16), value=1)
