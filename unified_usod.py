@@ -50,6 +50,7 @@ Ours in both cases:
  D10 a batch without a boundary has L_btm 0 (released: not a number); labels have 8 bits.
  D11 of several processes each has its own boundaries in L_btm and its own BatchNorm statistics,
     which are averaged after each epoch.
+ D12 the adapter begins almost silent and replicates its borders; released: random, zeros.
 Not implemented: the released code's adapter in the detector, whose training crashes there; as in
 its README, transfer trains a new detector on the target's labels (Fig. 2).
 
@@ -388,6 +389,8 @@ def make_net(stage: int, args: argparse.Namespace, weights: str | None,
         return backbone(args.backbone, weights, pixels, args.bn == "stored", borders=args.borders)
     net = CueExtractor(encoder(args.pixels), args.sign, adapter, args.released) if stage == 1 else \
         Detector(encoder(args.pixels), encoder("unit"), args.width)
+    if adapter and not args.released:
+        net.adapter.conv.padding_mode = "replicate"                      # D12
     net = net.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         net.compile()
@@ -401,6 +404,8 @@ def adapt(net: CueExtractor, args: argparse.Namespace) -> None:
     runtime.load_state(net, runtime.load_checkpoint(path, METHOD, 1)["model"] | new, path)
     net.requires_grad_(False)
     net.adapter.requires_grad_(True)
+    if not args.released:
+        nn.init.constant_(net.adapter.gate.bias, -4)  # D12: a gate of 0.02, so F^ begins as T(F)
 
 
 def train(stage: int, args: argparse.Namespace) -> nn.Module:
