@@ -184,9 +184,11 @@ class Pixels:
         """The work memory as a matrix [n, r]; its content is free to be overwritten."""
         return self.work[:phi.numel()].view_as(phi)
 
-    def read(self, table: Tensor) -> Tensor:
-        """W table: grid colours [V, r] -> pixels [n, r]."""
-        return F.embedding_bag(self.vertex, table, per_sample_weights=self.share, mode="sum")
+    @functools.cached_property
+    def read(self) -> Tensor:
+        """W, sparse [n, V] with 4 entries per row."""
+        ends = torch.arange(0, self.vertex.numel() + 1, 4, device=self.vertex.device)
+        return csr(ends, self.vertex.view(-1), self.share.view(-1), (len(self.order), self.colours))
 
     @functools.cached_property
     def send(self) -> Tensor:
@@ -211,7 +213,10 @@ def appearance(source: Pixels, exchange: Tensor, target: Pixels, v: Tensor) -> T
     for block in range(len(source.blocks)):
         phi = source.phi(block)
         sent = source.send @ torch.mul(phi, v[:, None], out=source.work_like(phi))  # [V, r]
-        total += target.read(exchange @ sent).mul_(target.phi(block)).sum(1)
+        phi = target.phi(block)
+        heard = target.work_like(phi)  # [m, r]
+        torch.addmm(heard, target.read, exchange @ sent, beta=0, out=heard)
+        total += heard.mul_(phi).sum(1)
     return total
 
 
