@@ -362,7 +362,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
         net.train()
         loss, images = train_epoch(stage, parallel, optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
-        world.average_buffers(net)
+        world.average_statistics(net)
         logit, picture = partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = {"mirror": harness.mirror(logit, bank)} if stage == 1 else {}
         seen |= watch(logit, picture)

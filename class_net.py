@@ -360,7 +360,7 @@ def train(args: argparse.Namespace) -> CLASSNet:
         net.train()
         losses, images = train_epoch(parallel, optimiser, bank, epoch, args)
         runtime.require_finite(losses["loss"], epoch)
-        world.average_buffers(net)                                       # D14
+        world.average_statistics(net)                                    # D14
         seen = watch(partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png")
         log.epoch(epoch, images, **losses, lr=lr, **seen)
         if world.main:

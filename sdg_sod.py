@@ -749,7 +749,7 @@ def train(stage: str, args: argparse.Namespace) -> nn.Module:
         net.train()
         mean, images = train_epoch(stage, parallel, loss, optimiser, count, epoch, args)
         runtime.require_finite(mean, epoch)
-        world.average_buffers(net if stage == "caption" else net.decoder)  # D11
+        world.average_statistics(net)                                    # D11
         picture = folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = {} if stage == "caption" else watch(partial(forward, net, args=args), picture)
         log.epoch(epoch, images, loss=mean, lr=optimiser.param_groups[0]["lr"], **seen)

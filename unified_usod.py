@@ -437,7 +437,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
                 part.train(any(p.requires_grad for p in part.parameters()))
         loss, images = train_epoch(stage, world.parallel(net), optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
-        world.average_buffers(net)                                       # D11
+        world.average_statistics(net)                                    # D11
         logit, picture = partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = {"mirror": harness.mirror(logit, bank)} if stage == 1 else {}
         seen |= watch(logit, picture)

@@ -127,12 +127,16 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def average_buffers(self, net: torch.nn.Module) -> None:
-        """Give every process the mean of all processes' buffers, BatchNorm's statistics."""
-        for buffer in net.buffers() if self.size > 1 else ():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.size
+    def average_statistics(self, net: torch.nn.Module) -> None:
+        """Give every process the mean of all processes' statistics of the BatchNorms in training.
+
+        Without it each would evaluate with statistics of its own samples.
+        """
+        for module in net.modules() if self.size > 1 else ():
+            if isinstance(module, torch.nn.BatchNorm2d) and module.training:
+                for statistic in (module.running_mean, module.running_var):
+                    dist.all_reduce(statistic)
+                    statistic /= self.size
 
     def parallel(self, net: torch.nn.Module) -> torch.nn.Module:
         """The network itself, or wrapped so that its gradients are averaged over the processes."""
