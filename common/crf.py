@@ -54,12 +54,13 @@ from common.runtime import UserError, cli, pick_device, progress, save_png
 
 FAINT = 0.045   # functions of the place weaker than this share of the strongest are left out
 REACH = 3.35    # grid colours farther apart than so many standard deviations exchange nothing
+STRETCH = 1.3   # of colours along grey before they get a cubic grid (2: body-centred cubic)
 
 
 def spacing(srgb: float) -> float:
     """Of the colour grid, in units of srgb. A finer grid is more accurate; with a small srgb it
     costs time, as a photo then uses thousands of its colours."""
-    return 0.78 if srgb >= 8 else 0.9
+    return 0.78 if srgb >= 8 else 1.05
 
 
 # ---- Factors of the kernels ------------------------------------------------------------------
@@ -112,40 +113,46 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     share [B, H, W, 4]; exchange, sparse [V, V].
     """
     batch, device = len(image), image.device
-    step = spacing(srgb)
-    colour = image.permute(0, 2, 3, 1).float() / (srgb * step)  # [B, H, W, 3]
-    low = colour.floor()
+    # In units of the grid, whose cells have the volume spacing³ but are shorter along grey.
+    unit = STRETCH ** (1 / 3) * spacing(srgb)
+    colour = image.permute(0, 2, 3, 1).float()
+    colour = (colour + (STRETCH - 1) * colour.mean(-1, keepdim=True)) / (unit * srgb)
+    low = colour.floor()  # [B, H, W, 3]
     # The colour lies in the grid's cube from `low` to low + 1. Walk along edges from one to the
     # other, first in the channel with the largest fraction, last in that with the smallest. The 4
     # corners on the way span a tetrahedron around the colour. Interpolation in it is linear: the
     # shares are the differences of 1, the sorted fractions, and 0.
     fraction, channel = (colour - low).sort(-1, descending=True)
     share = -torch.diff(F.pad(F.pad(fraction, (1, 0), value=1.0), (0, 1)))  # [B, H, W, 4]
+    # Sending and reading blur colours a little: each adds, in grid units, the mean covariance of
+    # the corners, (I + 11') / 12. So the exchange is narrower by twice that, and C between W and W'
+    # has just the covariance that is wanted; without this the error is many times larger. That
+    # blur is twice as wide along grey, 1, as across, which is why the grid is stretched there.
+    wanted = ((torch.eye(3) + (STRETCH - 1) / 3) / unit).matrix_power(2)
+    narrow = wanted - (torch.eye(3) + 1) / 6
+    radius = math.ceil(REACH * float(narrow.diagonal().max()) ** 0.5)
+
     # Number all colours of the grid, with a margin for neighbours; a table keeps those in use.
-    radius = math.ceil(REACH / step)
-    side = int(255 / (srgb * step)) + 2 + 2 * radius
-    axis = torch.tensor([side * side, side, 1], device=device)
-    first = torch.arange(batch, device=device).view(-1, 1, 1) * side ** 3
-    corner = ((low.long() + radius) * axis).sum(-1) + first  # [B, H, W]
-    vertex = corner[..., None] + F.pad(axis.take(channel).cumsum(-1), (1, 0))  # [B, H, W, 4]
+    side = int(255 * STRETCH / (unit * srgb)) + 2 + 2 * radius
+    axis = torch.tensor([side * side, side, 1], dtype=torch.int32, device=device)
+    first = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1) * side ** 3
+    corner = ((low.int() + radius) * axis).sum(-1, dtype=torch.int32) + first  # [B, H, W]
+    walk = axis.take(channel).cumsum(-1, dtype=torch.int32)  # [B, H, W, 3]
+    vertex = corner[..., None] + F.pad(walk, (1, 0))  # [B, H, W, 4]
     table = torch.full((batch * side ** 3,), -1, dtype=torch.int32, device=device)
     table[vertex.view(-1)] = 0
     used = (table == 0).nonzero()[:, 0]  # [V]
     table[used] = torch.arange(len(used), dtype=torch.int32, device=device)
-
-    # Sending and reading blur colours a little: each adds, in grid units, the mean covariance of
-    # the corners, (I + 11') / 12. So the exchange is narrower by twice that, and C between W and W'
-    # has just the covariance that is wanted; without this the error is many times larger.
-    inverse = (torch.eye(3) / step ** 2 - (torch.eye(3) + 1) / 6).inverse()
     offset = torch.cartesian_prod(*[torch.arange(-radius, radius + 1)] * 3)
-    distance = (offset.float() @ inverse * offset).sum(1)
+    distance = (offset.float() @ narrow.inverse() * offset).sum(1)
     near = distance < REACH ** 2
-    value = torch.exp(-0.5 * distance[near]) * inverse.det().sqrt() / step ** 3  # [O]
-    neighbour = table.take(used[:, None] + offset[near].to(device) @ axis)  # [V, O]
+    value = torch.exp(-0.5 * distance[near]) * (wanted.det() / narrow.det()).sqrt()  # [O]
+    neighbour = table.take(used[:, None] + offset[near].to(device) @ axis.long())  # [V, O]
     there = neighbour >= 0
-    exchange = csr(F.pad(there.sum(1).cumsum(0), (1, 0)), neighbour.masked_select(there),
-                   value.to(device).expand_as(there).masked_select(there), (len(used), len(used)))
-    return table.take(vertex), share, exchange
+    entry = there.view(-1).nonzero()[:, 0]
+    exchange = csr(F.pad(there.sum(1).cumsum(0), (1, 0)), neighbour.view(-1).index_select(0, entry),
+                   value.to(device).index_select(0, entry % len(value)), (len(used), len(used)))
+    return table.index_select(0, vertex.view(-1)).view_as(vertex), share, exchange
 
 
 class Pixels:
@@ -174,7 +181,8 @@ class Pixels:
     def make_phi(self, block: int) -> Tensor:
         """The functions of a block at these pixels, [n, r]."""
         fy, fx = self.blocks[block]
-        return fy.index_select(0, self.row).mul_(fx.index_select(0, self.column))
+        phi = fy.index_select(0, self.row)
+        return phi.mul_(torch.index_select(fx, 0, self.column, out=self.work_like(phi)))
 
     def phi(self, block: int) -> Tensor:
         """The same, without work if it was kept."""
@@ -216,15 +224,21 @@ def appearance(source: Pixels, exchange: Tensor, target: Pixels, v: Tensor) -> T
         phi = target.phi(block)
         heard = target.work_like(phi)  # [m, r]
         torch.addmm(heard, target.read, exchange @ sent, beta=0, out=heard)
-        total += heard.mul_(phi).sum(1)
+        total += torch.mv(heard.mul_(phi), heard.new_ones(heard.shape[1]))  # sum(1) is slow
     return total
 
 
 def smoothness(source: Tensor, target: Tensor, sigma: float) -> Tensor:
-    """S along one axis, normalised: positions [n] of the source, [m] of the target -> [m, n]."""
+    """S along one axis, normalised: positions [n] of the source, [m] of the target -> [m, n].
+
+    Sparse, as it is a narrow band; entries below a millionth are left out.
+    """
     source, target = source.float(), target.float()
     kernel, source_sum = gaussian(target, source, sigma), gaussian(source, source, sigma).sum(1)
-    return kernel * kernel.sum(1, keepdim=True).rsqrt() * source_sum.rsqrt()
+    kernel = kernel * kernel.sum(1, keepdim=True).rsqrt() * source_sum.rsqrt()
+    there = kernel > 1e-6
+    return csr(F.pad(there.sum(1).cumsum(0), (1, 0)), there.nonzero()[:, 1], kernel[there],
+               kernel.shape)
 
 
 # ---- Mean field ------------------------------------------------------------------------------
@@ -248,12 +262,15 @@ def mean_field(image: Tensor, u: Tensor, sxy: float, srgb: float, compat: float,
         """The function from q of the few pixels [B, 1, h, w] to what the target hears from them."""
         scale_target = scale_few if target is few else scale(target)
         along_y = smoothness(few.y, target.y, sxy_gauss)  # [h', h]
-        along_x = smoothness(few.x, target.x, sxy_gauss).T  # [w, w']
+        along_x = smoothness(few.x, target.x, sxy_gauss)  # [w', w]
 
         def hear(q: Tensor) -> Tensor:
             v = 2 * q - 1
             alike = scale_target * appearance(few, exchange, target, scale_few * few.to_list(v))
-            return compat * target.to_map(alike) + compat_gauss * (along_y @ v @ along_x)
+            near = v[:, 0].movedim(0, 2)  # [h, w, B]
+            for along in (along_y, along_x):  # -> [w, h', B] -> [h', w', B]
+                near = (along @ near.flatten(1)).unflatten(1, near.shape[1:]).transpose(0, 1)
+            return compat * target.to_map(alike) + compat_gauss * near.movedim(2, 0)[:, None]
         return hear
 
     hear_few = opinions(few)
@@ -291,8 +308,9 @@ def plan(height: int, width: int, functions: int, srgb: float, max_bytes: float)
     pixels = height * width
     columns = int((max_bytes / pixels - 400) / 12) // 8 * 8
     columns = min(max(columns, 8), functions)
-    image_bytes = pixels * (400 + 12 * columns) + 4 * (300 / srgb + 12) ** 3
-    return max(1, int(max_bytes / image_bytes)), columns
+    cells = (400 / srgb + 12) ** 3  # of the table of grid colours, counted in int32
+    image_bytes = pixels * (400 + 12 * columns) + 4 * cells
+    return max(1, int(min(max_bytes / image_bytes, 2 ** 31 / cells))), columns
 
 
 @torch.no_grad()
