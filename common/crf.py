@@ -31,8 +31,8 @@ matrices, exact. A is a Gaussian of the place times one of the colour, each with
 
     A v  =  sum_r phi_r * W C W' (phi_r * v)        three sparse products, see `appearance`
 
-The mean error against the exact sums in float64 is 0.0005 to 0.0009 on photos, a fifth of that of
-pydensecrf or less, at about its speed on one core (tests/benchmarks/bench_crf.py measures both).
+The mean error against the exact sums in float64 is 0.0005 to 0.0008 on photos, a sixth of that of
+pydensecrf or less, in less time on one core (tests/benchmarks/bench_crf.py measures both).
 Time and memory grow with height * width / sxy² per pixel: scale sxy with the photo (`photo_sxy`).
 """
 import argparse
