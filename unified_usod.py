@@ -570,14 +570,11 @@ def read_labels(names: list[str], args: argparse.Namespace, folder: Path) -> Map
     return MapBank(lambda i: load_mask(paths[i]), len(paths), args.size, args.device, folder)
 
 
-def around(x: Tensor) -> Tensor:
-    """The 8 neighbours at distances 1, 2, 4, 8: [B, C, h, w] -> [B, C, 32, h, w]"""
-    (h, w), views = x.shape[2:], []
-    for d in (1, 2, 4, 8):
-        padded = F.pad(x, (d,) * 4, mode="replicate")
-        views += [padded[..., i * d:i * d + h, j * d:j * d + w]
-                  for i in range(3) for j in range(3) if (i, j) != (1, 1)]
-    return torch.stack(views, 2)
+def around(x: Tensor) -> list[Tensor]:
+    """The 8 neighbours at distances 1, 2, 4, 8 of every pixel: [B, C, h, w] -> 32 views of it."""
+    (h, w), x = x.shape[2:], F.pad(x, (8,) * 4, mode="replicate")
+    return [x[..., 8 + i * d:8 + i * d + h, 8 + j * d:8 + j * d + w]
+            for d in (1, 2, 4, 8) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
 
 
 def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6) -> Tensor:
@@ -586,16 +583,17 @@ def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6) -> Tensor:
     image [B, 3, H, W], s [B, 1, H, W] in [0, 1] -> [B, 1, H, W]. Each iteration replaces a pixel by
     the weighted sum of its 32 neighbours; PAR's weights add up to 1.01, so that maps grow.
     """
-    near = around(image)                                                 # [B, 3, 32, H, W]
-    spread = (near - near.mean(2, keepdim=True)).square().sum(2, keepdim=True).div(31).sqrt()
-    colour = (near - image[:, :, None]) / (spread + 1e-8) / 0.3          # near.std(2) is slow
+    near = around(image)                   # 32 small sums are faster than one over a stack of all
+    mean = sum(near) / 32                                                # [B, 3, H, W]
+    spread = (sum((x - mean).square() for x in near) / 31).sqrt() + 1e-8
+    colour = [((x - image) / spread / 0.3).square().mean(1) for x in near]
     steps = torch.tensor([1.0, 2.0, 4.0, 8.0], device=image.device)[:, None]
     ring = torch.tensor([2, 1, 2, 1, 1, 2, 1, 2], device=image.device).sqrt()
     place = (steps * ring).flatten()                                     # [32]
     place = torch.softmax(-(place / (place.std() + 1e-8) / 0.3).square(), 0)
-    weight = torch.softmax(-colour.square().mean(1), 1) + 0.01 * place[:, None, None]
+    weight = torch.softmax(-torch.stack(colour, 1), 1) + 0.01 * place[:, None, None]
     for _ in range(iterations):
-        s = (around(s)[:, 0] * weight).sum(1, keepdim=True)              # [B, 1, H, W]
+        s = sum(x * w for x, w in zip(around(s), weight.split(1, 1)))    # [B, 1, H, W]
     return s
 
 
