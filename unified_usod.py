@@ -32,7 +32,7 @@ Results. Paper (MoCo v2 ResNet-50, RTX 3090), F / MAE: ECSSD .923 / .038, NJUD .
 Departures. The paper is the default. Where it is silent the released code is followed: first level
 after a pooling, corner rule for the sign, Otsu's threshold, MoCo v2 of 200 epochs; in stage 2 half
 weight for the second scale and 0.2 for the photo chain's head, no weight decay, encoders at rest in
-epoch 1 and at a tenth of the rate then, modality not normalised, SPR from epoch 2 on.
+epoch 1 and at a tenth of the rate then, SPR from epoch 2 on.
 --released follows the authors' code also where it contradicts the paper:
  D1 the curriculum's epoch Ec starts at 0 and grows with every step; released: by ones from 1.
  D2 the distilling loss is linear; released: its power falls from 2 to nearly 1 (--power).
@@ -42,7 +42,8 @@ epoch 1 and at a tenth of the rate then, modality not normalised, SPR from epoch
     and PAR's map and the new label are divided by their maxima. (Theirs also stretches a label to
     [0, 1] before it is cut, not done here, and runs SPR only with --olr.)
  D6 both scales take the sign of the first; released: each its own, and they may contradict.
- D7 BatchNorm of what is pretrained or frozen keeps its statistics, as in a2s.py; released: batch.
+ D7 BatchNorm of what is pretrained or frozen keeps its statistics, as in a2s.py, which fit pixels
+    in ImageNet's units: so does the modality. Released: statistics of the batch, modality as it is.
 Ours in both cases:
  D8 PAR is AFA's, which the paper cites (as released); Eqs. 5 and 7 leave out its square, its
     dilations, and its iterations.
@@ -388,7 +389,8 @@ def make_net(stage: int, args: argparse.Namespace, weights: str | None,
     def encoder(pixels: str) -> nn.Module:
         return backbone(args.backbone, weights, pixels, args.bn == "stored", borders=args.borders)
     net = CueExtractor(encoder(args.pixels), args.sign, adapter, args.released) if stage == 1 else \
-        Detector(encoder(args.pixels), encoder("unit"), args.width)
+        Detector(encoder(args.pixels), encoder("unit" if args.bn == "batch" else args.pixels),
+                 args.width)                                             # D7
     if adapter and not args.released:
         net.adapter.conv.padding_mode = "replicate"                      # D12
     net = net.to(args.device, memory_format=torch.channels_last)

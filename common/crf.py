@@ -147,7 +147,8 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     distance = (offset.float() @ narrow.inverse() * offset).sum(1)
     near = distance < REACH ** 2
     value = torch.exp(-0.5 * distance[near]) * (wanted.det() / narrow.det()).sqrt()  # [O]
-    neighbour = table.take(used[:, None] + offset[near].to(device) @ axis.long())  # [V, O]
+    steps = (offset[near].to(device) * axis).sum(1)  # [O]; CUDA has no product of integer matrices
+    neighbour = table.take(used[:, None] + steps)  # [V, O]
     there = neighbour >= 0
     entry = there.view(-1).nonzero()[:, 0]
     exchange = csr(F.pad(there.sum(1).cumsum(0), (1, 0)), neighbour.view(-1).index_select(0, entry),

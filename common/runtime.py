@@ -142,7 +142,9 @@ class World:
         """The network itself, or wrapped so that its gradients are averaged over the processes."""
         if self.size == 1:
             return net
-        return torch.nn.parallel.DistributedDataParallel(net)
+        net = torch.nn.parallel.DistributedDataParallel(net)
+        net.broadcast_buffers = False  # else all get rank 0's BatchNorm statistics before each step
+        return net
 
 
 def join_world(device: torch.device) -> World:
