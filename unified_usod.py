@@ -77,8 +77,8 @@ PAPER = {"epochs": (20, 10), "lr": (0.1, 0.005), "batch_size": 8, "size": 320, "
          "backbone": "resnet50", "sxy": 50.0, "srgb": 5.0}
 SHAPES = {"epochs": (1, 3), "lr": (0.1, 0.05), "batch_size": 8, "size": 128, "width": 0.125,
           "backbone": "tiny", "sxy": 100.0, "srgb": 20.0}
-FIXED = ("backbone", "pixels", "borders", "sign", "width", "threshold")  # a checkpoint's flags
-FREE = ("size", "sxy", "srgb", "backbone_weights")                       # ... unless given
+FIXED = ("backbone", "pixels", "borders", "sign", "width", "released", "data")  # a checkpoint's
+FREE = ("size", "sxy", "srgb", "backbone_weights", "threshold", "bn")  # ... unless given
 SIDES = (0.6, 0.8, 1.2, 1.4)  # of the second scale: 192, 256, 384, 448 for 320
 TARGETS = {"video": ("VSOD-TR", "shapes-video"), "rsi": ("RSSD-TR", "shapes-top")}
 PAPER_SETS = {"DUTS-TR": "DUT-OMRON DUTS-TE ECSSD HKU-IS PASCAL-S", "VT5000-TR": "VT5000-TE VT1000 "
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gamma", type=float, default=0.05, help="weight of L_btm [0.05]")
     add("--multi-scale", choices=("on", "off"), default="on",
         help="a second scale, with L_sc in stage 1 and L_ms in stage 2 [on]")
-    add("--threshold", choices=("otsu", "fixed"), default="otsu",
+    add("--threshold", choices=("otsu", "fixed"),
         help="of the map before the CRF; fixed: 0.5 [otsu]")
     add("--sxy", type=float, help="CRF's reach in a photo of 320 pixels [50]")
     add("--srgb", type=float, help="CRF's tolerance of grey levels [5]")
@@ -111,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss", choices=LABEL_LOSSES, default="iou", help="of stage 2, Table 8 [iou]")
     add("--aux", type=float, nargs=3, default=[0.2, 0, 0], metavar="W",
         help="loss weights of the heads of photo chain, modality chain, global map [.2 0 0]")
+    add("--labels", type=Path, metavar="DIR",
+        help="for stage 2, the pseudo labels of another run [<out>/pseudo]")
     add("--spr", type=float, nargs=3, metavar="W", help="weights of prior, posterior, previous "
         "label, Table 7; 0 0 1 rectifies nothing [.2 .6 .2]")
     harness.add_flags(parser)
@@ -126,10 +128,13 @@ def fill_defaults(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     # one number on the command line serves both stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v, v) for v in (args.epochs, args.lr))
+    args.threshold = args.threshold or "otsu"
     args.bn = args.bn or ("batch" if args.released else "stored")        # D7
     args.pcl = args.pcl or ("off" if args.released and args.transfer else "on")  # D3
     args.power = args.power or ("annealed" if args.released else "linear")  # D2
     args.spr = args.spr or ([0.1, 0.7, 0.2] if args.released else [0.2, 0.6, 0.2])  # D5
+    if min(args.spr) < 0 or abs(sum(args.spr) - 1) > 1e-6:
+        raise UserError(f"--spr {' '.join(map(str, args.spr))}: three weights that add up to 1")
     if args.backbone == "resnet50" and args.backbone_weights is None:
         args.backbone_weights = "moco200"
     parts = [part.split("@")[0] for part in args.data.split("+")]
@@ -414,6 +419,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     """Train one stage, from its backbone's weights, from the base, or, with --resume, last.pt."""
     world, folder, epochs = args.world, args.out / f"stage{stage}", args.epochs[stage - 1]
     dataset = open_set(args.data, args.data_root, masks=False)
+    labels = read_labels(dataset.names, args, folder) if stage == 2 else None
     torch.manual_seed(args.seed)
     adapting = stage == 1 and args.transfer is not None
     net = make_net(stage, args, "none" if adapting else args.backbone_weights, adapting)
@@ -425,18 +431,14 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
                                  {"params": parts[True], "scale": 0.1}],
                                 momentum=0.9, weight_decay=5e-4 if stage == 1 else 0)
     bank = Bank(dataset, args.size, args.device, folder, parts=("image", "modality"))
-    labels = read_labels(dataset.names, args, folder) if stage == 2 else None
-    flags = harness.plain_flags(args)
+    flags = harness.plain_flags(args) | {"epochs": epochs, "lr": args.lr[stage - 1]}
     done = harness.resume(folder, METHOD, stage, flags, net, optimiser, labels)
     harness.save_args(flags, args, folder)
     log, watch = runtime.Log(folder, epochs, done, quiet=not world.main), harness.Watch(args)
     for epoch in range(done + 1, epochs + 1):
         if stage == 2:
             net.encoders.requires_grad_(epoch > 1)  # not in the paper; released code
-        net.train()
-        if args.bn == "stored":  # what is frozen keeps its statistics
-            for part in net.children():
-                part.train(any(p.requires_grad for p in part.parameters()))
+        net.train()  # but an encoder with stored statistics keeps them (D7)
         loss, images = train_epoch(stage, world.parallel(net), optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
         world.average_statistics(net)                                    # D11
@@ -510,15 +512,16 @@ def read_pair(bank: Bank, index: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
     """Photo and modality [B, 6, S, S], and which photos have a modality [B]. A photo without one
     stands in for it."""
     image, modality = bank.images(index, flip), bank.read("modality", index, flip)
-    has = bank.has["modality"][index].to(image.device)
+    has = bank.has["modality"][index].to(image.device, non_blocking=True)
     return torch.cat([image, torch.where(has.view(-1, 1, 1, 1), modality, image)], 1), has
 
 
 def guide(pair: Tensor, has: Tensor) -> Tensor:
     """What L_btm compares: the photo in ImageNet's units, and the modality, 0 where there is none.
     [B, 6, H, W] -> [B, 6, H, W]"""
-    mean, spread = torch.tensor(PIXELS["imagenet"], device=pair.device).view(2, 1, 3, 1, 1)
-    return torch.cat([(pair[:, :3] - mean) / spread, pair[:, 3:] * has.view(-1, 1, 1, 1)], 1)
+    photo = [(x - mean) / spread for x, mean, spread in zip(pair[:, :3].split(1, 1),
+                                                            *PIXELS["imagenet"])]
+    return torch.cat([*photo, pair[:, 3:] * has.view(-1, 1, 1, 1)], 1)
 
 
 # ---- Pseudo labels -------------------------------------------------------------------------------
@@ -560,23 +563,27 @@ def make_labels(net: nn.Module, args: argparse.Namespace) -> None:
 
 def read_labels(names: list[str], args: argparse.Namespace, folder: Path) -> MapBank:
     """The label bank of stage 2, from stage 1's files."""
-    paths = [args.out / "pseudo" / f"{name}.png" for name in names]
+    home = args.labels or args.out / "pseudo"
+    paths = [home / f"{name}.png" for name in names]
     if args.dry_run:  # stage 1 made only a few
-        paths = [p if p.exists() else next(args.out.glob("pseudo/**/*.png"), p) for p in paths]
+        paths = [p if p.exists() else next(home.glob("**/*.png"), p) for p in paths]
     missing = [path for path in paths if not path.exists()]
     if missing:
         where = f"--transfer {args.transfer} --out {args.base}" if args.transfer else \
             f"--data {args.data} --out {args.out}"
         raise UserError(f"{len(missing)} of {len(paths)} pseudo labels are missing ({missing[0]}); "
-                        f"make them: python unified_usod.py --stage 1 {where}")
+                        f"make them: python unified_usod.py --stage 1 {where}, or name --labels")
     return MapBank(lambda i: load_mask(paths[i]), len(paths), args.size, args.device, folder)
 
 
+NEIGHBOURS = [(i * d, j * d) for d in (1, 2, 4, 8)  # 32 pairs (down, right)
+              for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
+
+
 def around(x: Tensor) -> list[Tensor]:
-    """The 8 neighbours at distances 1, 2, 4, 8 of every pixel: [B, C, h, w] -> 32 views of it."""
+    """The neighbours of all pixels, borders repeated: [B, C, h, w] -> 32 views of that size."""
     (h, w), x = x.shape[2:], F.pad(x, (8,) * 4, mode="replicate")
-    return [x[..., 8 + i * d:8 + i * d + h, 8 + j * d:8 + j * d + w]
-            for d in (1, 2, 4, 8) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
+    return [x[..., 8 + i:8 + i + h, 8 + j:8 + j + w] for i, j in NEIGHBOURS]
 
 
 def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6) -> Tensor:
@@ -589,13 +596,12 @@ def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6) -> Tensor:
     mean = sum(near) / 32                                                # [B, 3, H, W]
     spread = (sum((x - mean).square() for x in near) / 31).sqrt() + 1e-8
     colour = [((x - image) / spread / 0.3).square().mean(1) for x in near]
-    steps = torch.tensor([1.0, 2.0, 4.0, 8.0], device=image.device)[:, None]
-    ring = torch.tensor([2, 1, 2, 1, 1, 2, 1, 2], device=image.device).sqrt()
-    place = (steps * ring).flatten()                                     # [32]
-    place = torch.softmax(-(place / (place.std() + 1e-8) / 0.3).square(), 0)
-    weight = torch.softmax(-torch.stack(colour, 1), 1) + 0.01 * place[:, None, None]
+    far = torch.tensor(NEIGHBOURS).float().norm(dim=1)                   # [32] on the CPU
+    place = torch.softmax(-(far / (far.std() + 1e-8) / 0.3).square(), 0).tolist()
+    weights = torch.softmax(-torch.stack(colour, 1), 1).split(1, 1)      # 32 of [B, 1, H, W]
+    weights = [weight + 0.01 * here for weight, here in zip(weights, place)]
     for _ in range(iterations):
-        s = sum(x * w for x, w in zip(around(s), weight.split(1, 1)))    # [B, 1, H, W]
+        s = sum(x * weight for x, weight in zip(around(s), weights))     # [B, 1, H, W]
     return s
 
 
@@ -631,12 +637,14 @@ def evaluate(stage: int, net: nn.Module, args: argparse.Namespace,
 
 def open_base(args: argparse.Namespace) -> None:
     """Transfer: take over what the base's checkpoint decides on, turn to the target's data."""
-    args.base, small = harness.run_folder(args, METHOD), args.data.startswith("shapes")
-    for path in (args.base / f"stage{stage}" / "last.pt" for stage in (2, 1)):
+    args.base = harness.run_folder(args, METHOD)
+    paths = [args.base / f"stage{stage}" / "last.pt" for stage in (1, 2)]
+    for path in paths:
         if not path.exists():
             raise UserError(f"{path} is missing, the network to transfer; train it: python "
                             f"unified_usod.py --data {args.data} --out {args.base}")
-    harness.restore(path, METHOD, args, FIXED, FREE)
+    harness.restore(paths[0], METHOD, args, FIXED, FREE)
+    small = args.data.startswith("shapes")
     args.data = TARGETS.get(args.transfer, (args.transfer,) * 2)[small]
     args.out = args.base / f"to-{Path(args.transfer).name}"
 
@@ -659,7 +667,7 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
         args.released, args.backbone, args.data = True, "resnet50", "+".join(list(PAPER_SETS)[:3])
         args.out = args.out or Path("runs", f"{METHOD}-released")
     else:
-        saved = harness.restore(path, METHOD, args, (*FIXED, "released", "data"), FREE)
+        saved = harness.restore(path, METHOD, args, FIXED, FREE)
         stage, state = saved["stage"], saved["model"]
         args.out = args.out or path.parent.parent
     fill_defaults(args)
@@ -700,6 +708,8 @@ def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
     args = build_parser().parse_args(argv)
+    if args.weights and args.transfer:
+        raise UserError("--transfer starts from a run: give its folder, --out, and no --weights")
     if args.weights or args.predict:
         run = harness.run_folder(args, METHOD)
         if args.transfer:

@@ -92,7 +92,7 @@ class Bank:
         """index [B] (CPU), flip bool [B] -> float [B, C, size, size] in [0, 1] on the device."""
         flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
         pixels = self.pixels[part]
-        return unit(pixels[index.to(pixels.device)], flip, self.device)
+        return unit(pixels[index.to(pixels.device, non_blocking=True)], flip, self.device)
 
     def images(self, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
         """`read` the images: [B, 3, size, size]."""
@@ -119,13 +119,14 @@ class MapBank:
 
     def read(self, index: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
         """index [B], flip [B] -> float [B, 1, size, size] in [0, 1], mirrored where `flip`."""
-        return unit(self.pixels[index.to(self.pixels.device)], flip, self.device)
+        pixels = self.pixels[index.to(self.pixels.device, non_blocking=True)]
+        return unit(pixels, flip, self.device)
 
     def write(self, index: torch.Tensor, flip: torch.Tensor, maps: torch.Tensor) -> None:
         """Store `maps` as `read` gave them: mirrored ones are turned back first."""
-        maps = torch.where(flip.to(maps.device).view(-1, 1, 1, 1), maps.flip(3), maps)
-        home = self.pixels.device
-        self.pixels[index.to(home)] = (maps * 255 + 0.5).byte().to(home)
+        flip = flip.to(maps.device, non_blocking=True).view(-1, 1, 1, 1)
+        maps = (torch.where(flip, maps.flip(3), maps) * 255 + 0.5).byte()
+        self.pixels[index.to(self.pixels.device, non_blocking=True)] = maps.to(self.pixels.device)
 
     def share(self, order: torch.Tensor, batch: int, world: World) -> None:
         """After an epoch over `order`: give every process the maps that the others wrote."""

@@ -4,6 +4,7 @@ The flags are spelt once here, so that they mean the same in every script. Nothi
 method: a network is a function from images [B, 3, S, S] in [0, 1] to saliency logits [B, 1, S, S].
 """
 import argparse
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from common import runtime
 from common.backbones import BACKBONES, PIXELS
 from common.bank import Bank, MapBank
 from common.crf import dense_crf, photo_sxy
-from common.datasets import load_image, open_set
+from common.datasets import MissingSet, load_image, open_set
 from common.metrics import Metrics, table, to_uint8
 from common.runtime import UserError, progress, save_json, save_png, write_atomic
 
@@ -73,16 +74,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(pairs=False)  # True: the networks see a photo and its modality, `stack`
 
 
-def prepare(args: argparse.Namespace, method: str) -> None:
-    """Resolve the device, join torchrun's processes, choose the run folder; print the choices."""
+def prepare(args: argparse.Namespace, method: str, captions: bool = False) -> None:
+    """Resolve the device, join torchrun's processes, choose the run folder; print the choices.
+
+    Raises `UserError` for what would come to light only after hours of training: an --eval set
+    that is not there, has no masks (unless `captions` will do), or the name of another.
+    """
     args.device, reason = runtime.pick_device(args.device)
     args.world = runtime.join_world(args.device)
     if args.batch_size % args.world.size:
         raise UserError(f"--batch-size {args.batch_size} cannot be split over "
                         f"{args.world.size} processes")
     args.out = run_folder(args, method)
+    if args.weights and not args.eval and not args.predict:
+        raise UserError("--weights needs --eval SET or --predict PATH (training goes on with "
+                        "--resume)")
+    titles = set()
     for spec in args.eval:
-        open_set(spec, args.data_root)  # a wrong name shall not come to light after hours
+        dataset = open_set(spec, args.data_root)
+        if not captions and dataset[0]["mask"] is None:
+            raise UserError(f"--eval {spec} has no masks: there is nothing to score with")
+        if dataset.title in titles:
+            raise UserError(f"two --eval sets are called {dataset.title}, so the maps of one would "
+                            "overwrite those of the other: rename a folder")
+        titles.add(dataset.title)
     if args.world.main:
         print(f"device {args.device} ({reason}), {args.world.size} process(es), "
               f"backbone {args.backbone}, {args.size} px, run folder {args.out}")
@@ -95,15 +110,16 @@ def run_folder(args: argparse.Namespace, method: str) -> Path:
 
 
 def present(names: list[str], root: str) -> list[str]:
-    """Those of `names` that are there; the others are named on the terminal."""
+    """Those of `names` that are there; the others are named on the terminal. Raises `UserError`
+    for a set that is broken."""
     def there(name: str) -> bool:
         try:
             open_set(name, root)
-        except UserError:
+        except MissingSet:
             return False
         return True
     found = [name for name in names if there(name)]
-    if len(found) < len(names):
+    if len(found) < len(names) and os.environ.get("RANK", "0") == "0":
         print("evaluation sets not found: " + ", ".join(n for n in names if n not in found))
     return found
 
@@ -116,12 +132,12 @@ def plain_flags(args: argparse.Namespace) -> dict:
 
 
 def save_args(flags: dict, args: argparse.Namespace, folder: Path) -> None:
-    """Write args.json: flags, versions, commit, device, digest of a local backbone file."""
+    """Write args.json: flags, versions, commit, device, digests of the files that flags name."""
     if args.world.main:
-        file = args.backbone_weights
-        digest = runtime.sha256(file) if file and Path(file).is_file() else None
+        files = {value for value in flags.values() if isinstance(value, str)}
+        digests = {file: runtime.sha256(file) for file in sorted(files) if os.path.isfile(file)}
         save_json(folder / "args.json",
-                  {"flags": flags, "backbone_sha256": digest, **runtime.environment()})
+                  {"flags": flags, "sha256": digests, **runtime.environment()})
 
 
 def save(folder: Path, method: str, stage: int, epoch: int, flags: dict, net: nn.Module,
@@ -136,15 +152,20 @@ def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
            optimiser: torch.optim.Optimizer, labels: MapBank | None = None) -> int:
     """Restore all that `save` wrote and return the number of finished epochs, 0 without --resume.
 
-    Raises `UserError` if the checkpoint was trained with other flags.
+    Raises `UserError` if the checkpoint was trained with other flags, or if a dry run would
+    overwrite that of a full one.
     """
     path = folder / "last.pt"
-    if not flags["resume"] or not path.exists():
+    if not path.exists() or not flags["resume"] and not flags["dry_run"]:
         return 0
     saved = runtime.load_checkpoint(path, method, stage)
+    if not flags["resume"]:
+        if not saved["args"].get("dry_run"):
+            raise UserError(f"--dry-run would overwrite {path}: give it an --out of its own")
+        return 0
     free = {"out", "data_root", "device", "compile", "eval", "watch", "resume", "weights", "stage",
             "predict", "cutout", "crf", "base"}
-    other = [f"--{key.replace('_', '-')} {saved['args'].get(key)}" for key in flags
+    other = [spell(key, saved["args"].get(key)) for key in flags
              if key not in free and flags[key] != saved["args"].get(key)]
     if other:
         raise UserError(f"{path} was trained with {', '.join(other)}: give the same flags to "
@@ -154,6 +175,15 @@ def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
     if labels:
         labels.pixels.copy_(saved["labels"])
     return saved["epoch"]
+
+
+def spell(key: str, value: object) -> str:
+    """A flag as one types it."""
+    flag = "--" + key.replace("_", "-")
+    if value is None or value is False:
+        return f"no {flag}"
+    values = value if isinstance(value, (list, tuple)) else [value] * (value is not True)
+    return " ".join([flag, *map(str, values)])
 
 
 def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[str],
@@ -221,6 +251,8 @@ def evaluate(forward: Forward, args: argparse.Namespace, folder: Path,
         title = dataset.title + row
         for samples, images in batches_of(dataset, args, f"evaluate {title}"):
             for sample, logit in zip(samples, forward(images)):
+                if sample["mask"] is None:
+                    raise UserError(f"{title}: {sample['name']} has no mask and cannot be scored")
                 pred = finish(logit, sample, args.crf)
                 save_png(folder / "pred" / title / f"{sample['name']}.png", pred)
                 metrics.add(pred, sample["mask"][0] > 127)

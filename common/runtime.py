@@ -41,7 +41,7 @@ def cli(main: Callable) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; --resume continues from the last finished epoch")
+        sys.exit("interrupted; training continues with --resume from its last finished epoch")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -72,23 +72,24 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     """(device, reason). `name`: auto (CUDA, else CPU), cpu, cuda, cuda:1, mps (not tested)."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     torch.backends.cudnn.allow_tf32 = False  # losses are to be fp32, and the rest is bf16 anyway
-    if name == "auto":
-        if torch.cuda.is_available():
-            device = torch.device("cuda", local)
-            return device, f"{torch.cuda.get_device_name(device)} found"
+    if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu"), f"no CUDA device found, {torch.get_num_threads()} CPU threads"
     try:
-        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        device = torch.device("cuda", local) if name in ("auto", "cuda") else torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
-                        "use --device auto or cpu") from None
-    return device, "chosen by --device"
+                        "use fewer processes, or --device cpu") from None
+    return device, f"{torch.cuda.get_device_name(device)} found" if name == "auto" else \
+        "chosen by --device"
 
 
 def autocast(device: torch.device, amp: str):
-    """bf16 autocast if `amp` is 'bf16', or 'auto' on CUDA; else a context that does nothing."""
-    on = amp == "bf16" or (amp == "auto" and device.type == "cuda")
+    """bf16 autocast if `amp` is 'bf16', or 'auto' on a GPU that has bf16; else does nothing."""
+    on = amp == "bf16" or (amp == "auto" and device.type == "cuda"
+                           and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
 
 
@@ -128,13 +129,14 @@ class World:
         return values
 
     def average_statistics(self, net: torch.nn.Module) -> None:
-        """Give every process the mean of all processes' statistics of the BatchNorms in training.
+        """Give every process the mean of all processes' running statistics, of modules in training.
 
         Without it each would evaluate with statistics of its own samples.
         """
         for module in net.modules() if self.size > 1 else ():
-            if isinstance(module, torch.nn.BatchNorm2d) and module.training:
-                for statistic in (module.running_mean, module.running_var):
+            for name in ("running_mean", "running_var"):
+                statistic = getattr(module, name, None)
+                if module.training and statistic is not None:
                     dist.all_reduce(statistic)
                     statistic /= self.size
 
@@ -152,8 +154,6 @@ def join_world(device: torch.device) -> World:
     if "RANK" not in os.environ:
         return World()
     if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(dist.get_rank(), dist.get_world_size())
 
@@ -236,7 +236,7 @@ def save_checkpoint(path: str | Path, **content) -> None:
 def load_checkpoint(path: str | Path, method: str, stage: str | None = None) -> dict:
     """Read a checkpoint of `method` (and `stage`); raises `UserError` for anything else."""
     found = torch_load(path)
-    of = (found.get("method"), found.get("stage")) if isinstance(found, dict) else (None, None)
+    of = found.get("method"), found.get("stage")
     if of[0] is None:
         raise UserError(f"{path} is not a checkpoint of this project (a backbone's weights go to "
                         "--backbone-weights)")

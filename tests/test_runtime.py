@@ -1,6 +1,8 @@
 """Errors, files, random numbers and processes of common.runtime."""
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -91,6 +93,34 @@ def test_shares_of_a_world_are_disjoint_and_complete():
     parts = [runtime.World(rank, 3).share(range(10)) for rank in range(3)]
     assert sorted(i for part in parts for i in part) == list(range(10))
     assert runtime.World().gather("x") == ["x"]
+
+
+STATISTICS = """
+import torch
+from common import runtime
+world = runtime.join_world(torch.device("cpu"))
+norm = torch.nn.BatchNorm2d(1)
+net = world.parallel(torch.nn.Sequential(norm))
+for _ in range(60):  # process 0 sees 0, process 1 sees 10
+    net(torch.full((2, 1, 2, 2), 10.0 * world.rank)).sum().backward()
+own = norm.running_mean.item()
+world.average_statistics(net)
+values = world.gather((own, norm.running_mean.item()))
+if world.main:
+    print(values)
+"""
+
+
+def test_batchnorm_statistics_are_the_mean_of_all_processes(tmp_path):
+    (tmp_path / "job.py").write_text(STATISTICS)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         tmp_path / "job.py"], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (own0, mean0), (own1, mean1) = eval(done.stdout)
+    assert own0 == pytest.approx(0, abs=0.05) and own1 == pytest.approx(10, abs=0.05)
+    assert mean0 == mean1 == pytest.approx(5, abs=0.05)
 
 
 def test_an_unusable_device_is_one_sentence():

@@ -5,11 +5,13 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as TF
 
 import unified_usod as usod
 from common.backbones import backbone
 from common.bank import Bank, MapBank
 from common.runtime import UserError, World, generator, load_state
+from common.shapes import Shapes
 
 CPU = torch.device("cpu")
 LOGIT_08 = math.log(4)  # sigmoid is 0.8
@@ -215,6 +217,26 @@ def test_detector_sees_both_streams_and_any_size():
     dark = torch.cat([pair[:, :3], torch.zeros(1, 3, 70, 52)], 1)
     assert not torch.allclose(y, swapped) and not torch.allclose(y, net(dark)[0][0])
     assert all(torch.equal(a, b[0]) for a, b in zip((y,), net(pair, pair[..., :64, :])))
+
+
+@pytest.mark.parametrize("released, pixels", [(False, "imagenet"), (True, "unit")])
+def test_the_modality_s_encoder_is_as_awake_as_the_photo_s(released, pixels):
+    """Stored BatchNorm statistics fit ImageNet's units alone (D7): on pixels in [0, 1] the deepest
+    map would vary by a few per cent of what it should."""
+    args = usod.build_parser().parse_args(["--released"] * released)
+    usod.fill_defaults(args)
+    args.device = torch.device("cpu")
+    net = usod.make_net(2, args, None).train()
+    data = Shapes("test", modality="depth", seed=1)
+    samples = [data[i] for i in range(8)]
+    photo, depth = (torch.stack([TF.resize(s[part], [128, 128]) for s in samples]).float() / 255
+                    for part in ("image", "modality"))
+    with torch.no_grad():
+        deep = [encoder(x)[4].std((0, 2, 3)).mean() for encoder, x in zip(net.encoders,
+                                                                          (photo, depth))]
+    assert 0.3 < deep[1] / deep[0] < 3
+    mean = net.encoders[1].mean.flatten().tolist()
+    assert mean == pytest.approx([0, 0, 0] if pixels == "unit" else [0.485, 0.456, 0.406])
 
 
 def test_learning_rates():

@@ -290,9 +290,11 @@ def test_two_processes_equal_one_up_to_rounding(flags, tmp_path):
                 for run in ("one", "two"))
     for name, row in one.items():
         assert row == pytest.approx(two[name], abs=5e-3)
-    labels = last(tmp_path / "two", 2)["labels"]
-    grey = ((labels > 5) & (labels < 250)).flatten(1).any(1)              # rectified, not 0 or 255
-    assert grey.all()
+    labels = last(tmp_path / "two", 2)["labels"].int()                    # all are rectified
+    usod.main([*flags, "--epochs", "1", "--stage", "2", "--labels", str(tmp_path / "two/pseudo"),
+               "--out", str(tmp_path / "start")])
+    start = last(tmp_path / "start", 2)["labels"].int()                   # of the photos
+    assert ((labels - start).abs().flatten(1).amax(1) > 20).all()
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
@@ -313,6 +315,52 @@ def test_stages_out_of_order_print_the_command(lists, tmp_path):
     sentence = refused("--transfer", "video", "--data", data, "--out", tmp_path / "run")
     assert "is missing, the network to transfer" in sentence
     assert f"python unified_usod.py --data {data} --out {tmp_path}/run" in sentence
+
+
+def test_flags_that_cannot_work_are_refused(base, tmp_path):
+    folder, flags = base
+    checkpoint = folder / "stage1" / "last.pt"
+    assert "add up to 1" in refused(*flags, "--spr", "1", "1", "1")
+    assert "no --weights" in refused("--transfer", "video", "--weights", checkpoint)
+    assert "give it an --out of its own" in refused(*flags, "--dry-run")
+    sentence = refused(*flags, "--resume", "--lr", "0.5", "--multi-scale", "off")
+    assert "was trained with --multi-scale on, --lr 0.1: give" in sentence
+
+
+def test_sets_that_cannot_be_scored_are_refused_before_training(tmp_path, monkeypatch):
+    for folder in ("a/photos", "b/photos"):
+        for part in ("images", "masks"):
+            (tmp_path / folder / part).mkdir(parents=True)
+            Image.new("L", (40, 40), 255).save(tmp_path / folder / part / "x.png")
+    flags = ["--data", tmp_path / "a/photos", "--backbone", "tiny", "--out", tmp_path / "run"]
+    sentence = refused(*flags, "--eval", tmp_path / "a/photos", tmp_path / "b/photos")
+    assert "two --eval sets are called photos" in sentence
+    sample = {"image": torch.zeros(3, 8, 8), "mask": None}                # of a captioned set
+    monkeypatch.setattr(usod.harness, "open_set", lambda *_: [sample])
+    assert "x has no masks" in refused(*flags, "--eval", "x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_with_nothing_to_do_are_refused():
+    args = usod.build_parser().parse_args(["--weights", "last.pt", "--batch-size", "1"])
+    args.eval = []                                                        # as of a run on photos
+    with pytest.raises(UserError, match="--eval SET or --predict PATH"):
+        usod.harness.prepare(args, "unified_usod")
+
+
+def test_transfer_takes_the_data_from_the_base(base, monkeypatch):
+    """Without --data, shapes turn to shapes; a run on photos to the registered video sets."""
+    folder, _ = base
+    parse = usod.build_parser().parse_args
+    args = parse(["--transfer", "video", "--out", str(folder)])
+    usod.open_base(args)
+    assert args.data == "shapes-video" and args.out == folder / "to-video" and args.width == 0.05
+    checkpoint = last(folder, 1)
+    checkpoint["args"] |= {"data": "photos"}
+    monkeypatch.setattr(usod.runtime, "load_checkpoint", lambda *_: checkpoint)
+    args = parse(["--transfer", "rsi", "--out", str(folder)])
+    usod.open_base(args)
+    assert args.data == "RSSD-TR"
 
 
 def test_checkpoints_of_another_method_and_unknown_sets_are_refused(tmp_path):
