@@ -75,7 +75,7 @@ from common.runtime import UserError, autocast, generator, progress, save_png
 METHOD = "unified_usod"
 PAPER = {"epochs": (20, 10), "lr": (0.1, 0.005), "batch_size": 8, "size": 320, "width": 1.0,
          "backbone": "resnet50", "sxy": 50.0, "srgb": 5.0}
-SHAPES = {"epochs": (1, 3), "lr": (0.1, 0.05), "batch_size": 8, "size": 128, "width": 0.125,
+SHAPES = {"epochs": (1, 3), "lr": (0.1, 0.02), "batch_size": 8, "size": 128, "width": 0.125,
           "backbone": "tiny", "sxy": 100.0, "srgb": 20.0}
 FIXED = ("backbone", "pixels", "borders", "sign", "width", "released", "data")  # a checkpoint's
 FREE = ("size", "sxy", "srgb", "backbone_weights", "threshold", "bn")  # ... unless given
