@@ -216,6 +216,11 @@ def test_resuming_with_other_flags_is_refused(base, tmp_path):
     folder, flags = base
     with pytest.raises(UserError, match="was trained with --alpha 0.1: give the same flags"):
         a2s.main([*flags, "--stage", "1", "--out", str(folder), "--resume", "--alpha", "0.2"])
+    for stage in (1, 2):  # the sentence can be typed: one number, that of the stage
+        epochs, lr = (last(folder, stage)["args"][flag] for flag in ("epochs", "lr"))
+        with pytest.raises(UserError, match=f"with --epochs {epochs}, --lr {lr}: give"):
+            a2s.main([*flags, "--stage", str(stage), "--out", str(folder), "--resume",
+                      "--epochs", "9", "--lr", "0.3"])
 
 
 # ---- Two processes -------------------------------------------------------------------------------
