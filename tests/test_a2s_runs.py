@@ -101,6 +101,10 @@ def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
     done = command("--predict", photos / "tall.jpg", "--weights", run / "stage2" / "last.pt",
                    "--out", again, "--device", "cpu")
     assert done.returncode == 0 and Image.open(again / "predict" / "tall.png").size == (33, 71)
+    (again / "mine.pt").write_bytes((run / "stage2" / "last.pt").read_bytes())  # not in a stage2/
+    a2s.main(["--predict", str(photos / "wide.jpg"), "--weights", str(again / "mine.pt"),
+              "--device", "cpu"])
+    assert (again / "predict" / "wide.png").exists()
 
 
 def test_dry_run_does_two_steps_of_everything(flags, tmp_path):
