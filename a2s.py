@@ -152,7 +152,7 @@ class DecisionBoundary(nn.Module):
         super().__init__()
         self.kind, self.threshold = kind, THRESHOLDS[threshold]
         if kind == "DB1":
-            self.register_buffer("train_mean", torch.zeros(1, channels, 1, 1))
+            self.register_buffer("running_mean", torch.zeros(1, channels, 1, 1))
         if kind == "DB4":
             self.w = nn.Conv2d(channels, 1, 1, bias=False)
 
@@ -162,8 +162,8 @@ class DecisionBoundary(nn.Module):
         mean = f.mean((2, 3), keepdim=True)                              # f_ [B, C, 1, 1]
         if self.kind == "DB1":
             if self.training:
-                self.train_mean.lerp_(mean.detach().mean(0, keepdim=True), 0.01)
-            return (f - self.train_mean).sum(1, keepdim=True)
+                self.running_mean.lerp_(mean.detach().mean(0, keepdim=True), 0.01)
+            return (f - self.running_mean).sum(1, keepdim=True)
         if self.kind == "DB2":
             return (mean * f).sum(1, keepdim=True)
         if self.kind == "DB3":
@@ -349,7 +349,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
                                 momentum=0.9, nesterov=True, weight_decay=5e-4)
     bank = Bank(dataset, args.size, args.device, folder)
     labels = read_labels(dataset.names, args, folder) if stage == 2 else None
-    flags = harness.plain_flags(args)
+    flags = harness.plain_flags(args) | {"epochs": epochs, "lr": args.lr[stage - 1]}
     done = harness.resume(folder, "a2s", stage, flags, net, optimiser, labels)
     harness.save_args(flags, args, folder)
     if stage == 1 and done == 0 and world.main:
@@ -506,7 +506,8 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
                  "unary", "data")
         saved = harness.restore(path, "a2s", args, names, ("size", "sxy", "srgb"))
         stage, state = saved["stage"], saved["model"]
-        args.out = args.out or path.parent.parent
+        folder = path.parent  # of a copied checkpoint, else <run>/stage1 or <run>/stage2
+        args.out = args.out or (folder.parent if folder.name.startswith("stage") else folder)
     fill_defaults(args)
     harness.prepare(args, "a2s")
     net = make_net(stage, args, "none")

@@ -70,10 +70,8 @@ from common.bank import Bank, batches, epoch_order
 from common.datasets import open_set
 from common.runtime import UserError, autocast, generator, progress
 
-PAPER = {"epochs": 100, "lr": 0.05, "batch_size": 32, "size": 352, "backbone": "resnet50",
-         "backbone_weights": "imagenet"}
-SHAPES = {"epochs": 7, "lr": 0.05, "batch_size": 8, "size": 160, "backbone": "tiny",
-          "backbone_weights": "shapes"}
+PAPER = {"epochs": 100, "lr": 0.05, "batch_size": 32, "size": 352, "backbone": "resnet50"}
+SHAPES = {"epochs": 7, "lr": 0.05, "batch_size": 8, "size": 160, "backbone": "tiny"}
 PAPER_SETS = ["ECSSD", "DUTS-TE", "DUT-OMRON", "PASCAL-S", "HKU-IS"]  # Table 1
 SCALES = (7, 8, 9, 10, 11)  # elevenths of --size, to multiples of 8: 224, 256, 288, 320, 352
 WIDTH = 64                  # channels of every feature behind the bridge
@@ -117,6 +115,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
     for name, value in (SHAPES if small else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    usual = "shapes" if args.backbone == "tiny" else "imagenet"
+    args.backbone_weights = args.backbone_weights or usual
     args.region = args.region or ("released" if args.released else "paper")
     if args.augment is None:
         args.augment = ["flip", "scale"] + ["crop"] * args.released         # D7

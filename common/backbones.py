@@ -214,7 +214,7 @@ def find_weights(name: str, weights: str) -> Path:
     if (name, weights) not in WEIGHTS:
         if Path(weights).is_file():
             return Path(weights)
-        known = [of for backbone_name, of in WEIGHTS if backbone_name == name]
+        known = [of for of_backbone, of in (*WEIGHTS, ("tiny", "shapes")) if of_backbone == name]
         raise UserError(f"--backbone-weights {weights}: no such file, and {name} knows only "
                         f"{', '.join(known + ['none'])}")
     url, digest = WEIGHTS[name, weights]

@@ -7,8 +7,8 @@
 
 What is computed (Krähenbühl and Koltun, NIPS 2011; mean field with two labels). Pixel i is
 foreground with probability q_i. It weighs its own evidence, the logit u_i of the given map, against
-the opinion of all pixels of the image, itself included; near and alike pixels count more. From
-q = sigmoid(u), `iterations` times:
+the opinion of all pixels of the image, itself included; pixels that are close by and similar in
+colour count more. From q = sigmoid(u), `iterations` times:
 
     q = sigmoid(u + compat * A (2q - 1) + compat_gauss * S (2q - 1))
 
@@ -17,19 +17,22 @@ q = sigmoid(u), `iterations` times:
 
 where ~ says that entry ij is divided by sqrt(sum of row i * sum of row j).
 
-How. With N pixels these matrices have N² entries (10^10 for 320 x 320), so none is ever formed: a
-product K v is computed from factors. S is a Gaussian in y times a Gaussian in x: two small
-matrices, exact. A is a Gaussian of the place times one of the colour, each with its own short form:
+How. With N pixels these matrices have N² entries (10^10 for 320 x 320), so none is ever formed:
+their products with a vector v are computed from factors. S is a Gaussian in y times a Gaussian in
+x: two small matrices, exact. Below, K is A before its division: a Gaussian of the place times one
+of the colour, each with its own short form (^T marks a transpose):
 
-  place   The Gaussian is wide, hence smooth, hence a few functions of the place describe it:
-          G(i, j) = sum_r phi_r(i) phi_r(j), with r from 8 to 32. See `space_functions`.
+  place   The Gaussian is wide. So the table of its values for all pairs of pixels is smooth, and a
+          smooth table is nearly of low rank, like a blurred picture that survives shrinking: a sum
+          of few products, G(i, j) = sum_r phi_r(i) phi_r(j), with 8 to 32 terms. See
+          `space_functions`.
   colour  The Gaussian is narrow, but a photo uses few colours. Lay a grid over the colour cube and
-          keep the V grid colours next to a pixel's colour (V is 500 to 5,000). Every pixel sends
-          its value to the 4 grid colours around its own, in shares that add up to 1 (W', sparse
-          [V, N]); grid colours exchange what they got (C, sparse [V, V]); every pixel reads its 4
-          grid colours with the same shares (W, [N, V]). See `colour_grid`.
+          keep only the V grid colours that surround the colour of some pixel (V is 500 to 5,000).
+          Every pixel sends its value to the 4 grid colours around its own, in shares that add up to
+          1 (W^T, sparse [V, N]); grid colours exchange what they got (C, sparse [V, V]); every
+          pixel reads its 4 grid colours with the same shares (W, [N, V]). See `colour_grid`.
 
-    A v  =  sum_r phi_r * W C W' (phi_r * v)        three sparse products, see `appearance`
+    K v  =  sum_r phi_r * W C W^T (phi_r * v)       three sparse products, see `appearance`
 
 The mean error against the exact sums in float64 is 0.0005 to 0.0008 on photos, a sixth of that of
 pydensecrf or less, in less time on one core (tests/benchmarks/bench_crf.py measures both).
@@ -54,12 +57,15 @@ from common.runtime import UserError, cli, pick_device, progress, save_png
 
 FAINT = 0.045   # functions of the place weaker than this share of the strongest are left out
 REACH = 3.35    # grid colours farther apart than so many standard deviations exchange nothing
-STRETCH = 1.3   # of colours along grey before they get a cubic grid (2: body-centred cubic)
+STRETCH = 1.3   # grid colours lie closer together along grey by this factor, see `colour_grid`
 
 
 def spacing(srgb: float) -> float:
-    """Of the colour grid, in units of srgb. A finer grid is more accurate; with a small srgb it
-    costs time, as a photo then uses thousands of its colours."""
+    """Distance of neighbouring grid colours, in units of srgb (of a grid without STRETCH).
+
+    A finer grid is more accurate; with a small srgb it costs time, as a photo then uses thousands
+    of its colours.
+    """
     return 0.78 if srgb >= 8 else 1.05
 
 
@@ -74,15 +80,18 @@ def gaussian(a: Tensor, b: Tensor, sigma: float) -> Tensor:
 def space_functions(height: int, width: int, sigma: float) -> tuple[Tensor, Tensor]:
     """The strongest functions phi_r(y, x) = fy[y, r] fx[x, r] in the Gaussian of the place:
 
-        sum_r phi_r(y, x) phi_r(y', x')  =  exp(-((y - y')² + (x - x')²) / 2 sigma²),  nearly.
+        sum_r phi_r(y, x) phi_r(y', x')  =  exp(-((y - y')² + (x - x')²) / 2 sigma²),  nearly,
+
+    where y', x' is another pixel.
 
     Returns fy [height, r] and fx [width, r], float32 on the CPU.
     """
     axes = []
     for n in (height, width):
         # A Gaussian between any x and x' on an axis follows from those to nodes z close together:
-        # G(x, x') = G(x, z) G(z, z)^-1 G(z, x') = f f'. The left singular vectors of f give the
-        # same with the fewest functions, and the singular values tell how much each one matters.
+        # G(x, x') = G(x, z) G(z, z)^-1 G(z, x'), in short f f^T; this is Nystrom's method. The left
+        # singular vectors of f give the same with the fewest functions, and the singular values
+        # tell how much each one matters.
         x = torch.arange(n, dtype=torch.float64)
         nodes = math.ceil((n - 1) / (0.7 * sigma)) + 1
         z = torch.linspace(0, n - 1, nodes, dtype=torch.float64)
@@ -124,10 +133,10 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     # shares are the differences of 1, the sorted fractions, and 0.
     fraction, channel = (colour - low).sort(-1, descending=True)
     share = -torch.diff(F.pad(F.pad(fraction, (1, 0), value=1.0), (0, 1)))  # [B, H, W, 4]
-    # Sending and reading blur colours a little: each adds, in grid units, the mean covariance of
-    # the corners, (I + 11') / 12. So the exchange is narrower by twice that, and C between W and W'
-    # has just the covariance that is wanted; without this the error is many times larger. That
-    # blur is twice as wide along grey, 1, as across, which is why the grid is stretched there.
+    # Averaged over colours, the 4 corners scatter around the pixel's colour with covariance
+    # (I + J) / 12, J all ones: 4/12 along grey, 1/12 across, so twice as wide along grey; hence the
+    # stretch. This happens twice, on sending and on reading; C is made narrower by both, so that
+    # the three together have the wanted width. Without this the error is many times larger.
     wanted = ((torch.eye(3) + (STRETCH - 1) / 3) / unit).matrix_power(2)
     narrow = wanted - (torch.eye(3) + 1) / 6
     radius = math.ceil(REACH * float(narrow.diagonal().max()) ** 0.5)
@@ -157,7 +166,7 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Pixels:
-    """Every stride-th pixel of a batch: phi, W, W', and the way between maps and value lists.
+    """Every stride-th pixel of a batch: phi, W, W^T, and the way between maps and value lists.
 
     The n pixels are sorted by colour, so that the sparse products find what they need close
     together. phi [n, r] comes in blocks of `columns` functions; a single block is kept, several are
@@ -201,7 +210,7 @@ class Pixels:
 
     @functools.cached_property
     def send(self) -> Tensor:
-        """W', sparse [V, n]."""
+        """W^T, sparse [V, n]."""
         vertex, entry = self.vertex.view(-1).sort(stable=True)
         numbers = torch.arange(self.colours + 1, dtype=torch.int32, device=vertex.device)
         return csr(torch.searchsorted(vertex, numbers), entry // 4,
@@ -217,7 +226,7 @@ class Pixels:
 
 
 def appearance(source: Pixels, exchange: Tensor, target: Pixels, v: Tensor) -> Tensor:
-    """A v before its normalisation: values [n] of `source` -> sums [m] at `target`."""
+    """K v, A v before its division: values [n] of `source` -> sums [m] at `target`."""
     total = torch.zeros(len(target.order), device=v.device)
     for block in range(len(source.blocks)):
         phi = source.phi(block)
@@ -294,8 +303,13 @@ def check(image: Tensor, prob: Tensor, **settings: float) -> None:
     if image.device.type not in ("cpu", "cuda"):
         raise UserError("the dense CRF needs sparse matrix products, which PyTorch lacks on "
                         f"{image.device.type}: move image and prob to the CPU")
-    if image.dtype != torch.uint8 and not ((image >= 0) & (image <= 255)).all():
-        raise ValueError("dense_crf needs an image with values from 0 to 255")
+    if image.dtype != torch.uint8:
+        low, high = (value.item() for value in image.aminmax())
+        if not (low >= 0 and high <= 255):  # nan is neither
+            raise ValueError("dense_crf needs an image with values from 0 to 255")
+        if image.is_floating_point() and 0 < high <= 1:
+            warnings.warn("dense_crf takes grey levels from 0 to 255, and here none is above 1: "
+                          "if the image is in [0, 1], multiply it by 255", stacklevel=3)
     if not ((prob > -1e-4) & (prob < 1.0001)).all():  # resizing may overshoot by a rounding error
         raise ValueError("dense_crf needs a prob with values from 0 to 1")
     for name, value in settings.items():
@@ -323,10 +337,13 @@ def dense_crf(image: Tensor, prob: Tensor, sxy: float = 80.0, srgb: float = 13.0
     image: [B, 3, H, W], 0 to 255, uint8 or float. prob: [B, 1, H, W], 0 to 1, on the same device;
     it is clipped to [1e-5, 1 - 1e-5]. Returns float32 [B, 1, H, W] without gradient.
     sxy, sxy_gauss: pixels. srgb: grey levels. compat, compat_gauss: weights of the two kernels.
-    stride: all iterations but the last use every stride-th pixel of every stride-th row. 2 is twice
-    as fast and suits the default sxy and srgb at 300 pixels and more; with srgb 5 keep 1.
-    max_bytes: memory to work in, about. On CUDA it bounds the images refined together; on the CPU
-    that gains nothing, so they go one by one and no image can change another's last digit.
+    stride: all iterations but the last use every stride-th pixel of every stride-th row. 2 is 1.7
+    times as fast and suits the default sxy and srgb at 300 pixels and more; with srgb 5 keep 1.
+    max_bytes: memory to work in, about. It sets how many functions of the place are in work at a
+    time, and on CUDA how many images are refined together; on the CPU that gains nothing, so they
+    go one by one and no image can change another's last digit. It is no limit: a single large image
+    may need more (4,000 x 3,000 pixels take 6 GB).
+    A float image without a value above 1, unless it is black, is refined with a warning.
     Raises ValueError for a wrong shape or range, UserError on a device without sparse products.
     """
     check(image, prob, sxy=sxy, srgb=srgb, sxy_gauss=sxy_gauss, iterations=iterations,
@@ -432,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--srgb", type=float, help="grey levels; 13, with --hard 5")
     add("--compat", type=float, default=10.0, help="weight of this kernel")
     add("--iterations", type=int, default=10)
-    add("--stride", type=int, default=1, help="2: twice as fast, see dense_crf")
+    add("--stride", type=int, default=1, help="2: 1.7 times as fast, see dense_crf")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     if args.median < 1 or args.median % 2 == 0:
@@ -441,8 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 1:
             raise UserError(f"--{name} {value} must be at least 1")
-    no_mps = args.device == "auto" and not torch.cuda.is_available()
-    args.device = pick_device("cpu" if no_mps else args.device)[0]
+    args.device = pick_device(args.device)[0]
     for photo, mask, out in progress(pairs(args.image, args.mask, args.out), "refining"):
         refine_file(photo, mask, out, args)
 

@@ -82,9 +82,9 @@ def load_image(path: str | Path) -> torch.Tensor:
 def load_mask(path: str | Path) -> torch.Tensor:
     """A mask -> uint8 [1, H, W], 0 background and 255 foreground; raises `UserError`.
 
-    Foreground is grey >= 128, for JPEG masks are noisy and PASCAL-S has grey levels; >= 1 where the
-    largest value is 1; >= 32768 where it exceeds 255; and index > 0 in a coloured palette, which
-    numbers the objects.
+    Foreground is grey above 128 (of 255), for JPEG masks are noisy and PASCAL-S has grey levels;
+    above 0 where the largest value is 1, and in a coloured palette, whose indices number objects.
+    16-bit values, if the largest exceeds 255, are compared as rounded to 8 bits.
     """
     image = read(path)
     coloured = False
@@ -92,8 +92,8 @@ def load_mask(path: str | Path) -> torch.Tensor:
         used = np.array(image.getpalette("RGB")).reshape(-1, 3)[np.unique(image)]
         coloured = bool((used != used[:, :1]).any())
     values = np.asarray(image if coloured or image.mode[0] == "I" else image.convert("L"))
-    threshold = 32768 if values.max() > 255 else 1 if coloured or values.max() == 1 else 128
-    return torch.from_numpy((values >= threshold).astype(np.uint8) * 255)[None]
+    level = 128.5 * 257 if values.max() > 255 else 0 if coloured or values.max() == 1 else 128
+    return torch.from_numpy((values > level).astype(np.uint8) * 255)[None]
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:

@@ -107,7 +107,7 @@ def test_decision_boundaries_by_hand():
         if kind == "DB4":
             boundary.w.weight.data = torch.tensor([2.0, -1.0]).view(1, 2, 1, 1)
         if kind == "DB1":
-            boundary.train_mean += torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+            boundary.running_mean += torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
         return boundary(f).flatten().tolist()
     assert theta("DB1") == [2, 8]                                         # sum of f, less 1
     assert theta("DB2") == [2 * 1 + 4 * 2, 2 * 3 + 4 * 6]
@@ -122,7 +122,7 @@ def test_db1_learns_the_mean_of_the_training_set():
     boundary = a2s.DecisionBoundary("DB1", channels=2).train()
     for _ in range(600):
         boundary(torch.tensor([1.0, 3.0]).view(1, 2, 1, 1).expand(4, 2, 3, 3))
-    assert boundary.train_mean.flatten().tolist() == pytest.approx([1, 3], abs=0.01)
+    assert boundary.running_mean.flatten().tolist() == pytest.approx([1, 3], abs=0.01)
 
 
 def test_theta_has_zero_mean_and_the_smaller_side_positive():

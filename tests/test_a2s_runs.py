@@ -101,6 +101,10 @@ def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
     done = command("--predict", photos / "tall.jpg", "--weights", run / "stage2" / "last.pt",
                    "--out", again, "--device", "cpu")
     assert done.returncode == 0 and Image.open(again / "predict" / "tall.png").size == (33, 71)
+    (again / "mine.pt").write_bytes((run / "stage2" / "last.pt").read_bytes())  # not in a stage2/
+    a2s.main(["--predict", str(photos / "wide.jpg"), "--weights", str(again / "mine.pt"),
+              "--device", "cpu"])
+    assert (again / "predict" / "wide.png").exists()
 
 
 def test_dry_run_does_two_steps_of_everything(flags, tmp_path):
@@ -216,6 +220,11 @@ def test_resuming_with_other_flags_is_refused(base, tmp_path):
     folder, flags = base
     with pytest.raises(UserError, match="was trained with --alpha 0.1: give the same flags"):
         a2s.main([*flags, "--stage", "1", "--out", str(folder), "--resume", "--alpha", "0.2"])
+    for stage in (1, 2):  # the sentence can be typed: one number, that of the stage
+        epochs, lr = (last(folder, stage)["args"][flag] for flag in ("epochs", "lr"))
+        with pytest.raises(UserError, match=f"with --epochs {epochs}, --lr {lr}: give"):
+            a2s.main([*flags, "--stage", str(stage), "--out", str(folder), "--resume",
+                      "--epochs", "9", "--lr", "0.3"])
 
 
 # ---- Two processes -------------------------------------------------------------------------------

@@ -94,6 +94,8 @@ def test_the_weights_of_another_network_are_refused_with_their_keys(tmp_path):
 def test_unknown_and_unreadable_weights_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no such file, and resnet50 knows only moco800, moco200"):
         backbone("resnet50", "moco900")
+    with pytest.raises(UserError, match="tiny knows only shapes, none"):
+        backbone("tiny", "imagenet")
     (tmp_path / "w.pth").write_text("not weights")
     with pytest.raises(UserError, match="w.pth is not a readable file of tensors"):
         backbone("resnet18", str(tmp_path / "w.pth"))

@@ -279,6 +279,14 @@ def test_released_is_the_authors_loss_loader_and_pixels_unless_told_otherwise():
     assert (usual.lr, usual.batch_size, usual.epochs, usual.size) == (0.05, 32, 100, 352)
 
 
+@pytest.mark.parametrize("backbone, weights", [("resnet50", "imagenet"), ("resnet18", "imagenet"),
+                                               ("tiny", "shapes")])
+def test_weights_follow_the_backbone_on_photos_and_on_shapes(backbone, weights):
+    for data in ("photos", "shapes"):
+        assert flags("--data", data, "--backbone", backbone).backbone_weights == weights
+    assert flags("--backbone", backbone, "--backbone-weights", "none").backbone_weights == "none"
+
+
 def test_impossible_flags_are_refused():
     with pytest.raises(UserError, match="--vgg-taps conv is for vgg16; resnet50"):
         flags("--vgg-taps", "conv")

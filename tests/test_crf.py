@@ -2,6 +2,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,11 @@ def test_constant_image_is_a_wide_gaussian():
     for _ in range(5):
         v = 2 * q - 1
         q = torch.sigmoid(u + sum(w * ky @ v @ kx for w, (ky, kx) in zip((1.0, 0.5), along)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a black image is as good as any
+        black = dense_crf(torch.zeros(1, 3, height, width), prob[None, None], 12.0, 13.0, 1.0, 3.0,
+                          0.5, 5)[0, 0]
+    assert (black - q).abs().max() < 0.004
     image = torch.full((1, 3, height, width), 137, dtype=torch.uint8)
     got = dense_crf(image, prob[None, None], 12.0, 13.0, 1.0, 3.0, 0.5, 5)[0, 0]
     assert (got - q).abs().max() < 0.004
@@ -288,6 +294,8 @@ def test_flips_and_float_images():
     assert difference(dense_crf(image.flip(3), prob.flip(3), 10.0).flip(3), base) < 1e-5
     assert torch.equal(dense_crf(image.float(), prob, 10.0), base)
     assert torch.equal(dense_crf(image, prob.double(), 10.0), base)
+    with pytest.warns(UserWarning, match="multiply it by 255"):
+        dense_crf(image.float() / 255, prob, 10.0)
     strided = image.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert torch.equal(dense_crf(strided, prob, 10.0), base)
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common import registry
-from common.datasets import check, load_image, load_mask, main, open_set
+from common.datasets import check, load_grey, load_image, load_mask, main, open_set
 from common.registry import REGISTRY, SHAPES, SOURCES, TERMS, Entry, read_split
 from common.runtime import UserError
 
@@ -84,15 +84,16 @@ def masks_of(tmp_path):
     palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # dark red and green: grey 38 and 75
     ramp = Image.fromarray(ROW, "P")
     ramp.putpalette([level for level in range(256) for _ in range(3)])
-    grey = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8))
+    grey = Image.fromarray(np.array([[0, 128, 129, 255]], np.uint8))
     return [("grey.png", grey, [0, 0, 1, 1]),
             ("rgb.png", grey.convert("RGB"), [0, 0, 1, 1]),
-            ("bit.png", grey.point(lambda v: 255 * (v > 127)).convert("1"), [0, 0, 1, 1]),
+            ("bit.png", grey.point(lambda v: 255 * (v > 128)).convert("1"), [0, 0, 1, 1]),
             ("ones.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint8)), [0, 1, 0, 1]),
             ("none.png", Image.fromarray(np.zeros((1, 4), np.uint8)), [0, 0, 0, 0]),
             ("objects.png", palette, [0, 1, 1, 1]),
             ("ramp.png", ramp, [0, 0, 1, 1]),
-            ("deep.png", Image.fromarray(ROW.astype(np.uint16) * 257), [0, 0, 1, 1]),
+            ("deep.png", Image.fromarray(np.array([[0, 33024, 33025, 65535]], np.uint16)),
+             [0, 0, 1, 1]),
             ("deep255.png", Image.fromarray(np.array([[0, 255, 0, 255]], np.uint16)), [0, 1, 0, 1]),
             ("deep1.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint16)), [0, 1, 0, 1])]
 
@@ -103,6 +104,9 @@ def test_masks_of_every_kind_are_binary(tmp_path):
         got = load_mask(tmp_path / name)
         assert got.dtype == torch.uint8 and got.shape == (1, 1, 4)
         assert got.flatten().tolist() == [255 * f for f in foreground], name
+        if name in ("grey.png", "rgb.png", "bit.png", "ramp.png", "deep.png"):
+            grey = np.array(load_grey(tmp_path / name))  # as common.metrics reads masks
+            assert np.array_equal(got[0].numpy() > 0, grey > 128), name
 
 
 def test_unreadable_files_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """House rules that a machine can check: budgets, imports, and a README that says what CI runs."""
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_importing_has_no_side_effects(tmp_path, path):
                           text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_lists_of_stems_in_the_readme_are_in_the_repository():
+    readme = (ROOT / "README.md").read_text()
+    lists = set(re.findall(r"@([\w./-]+\d\.txt)", readme))
+    assert len(lists) > 3 and not [name for name in lists if not (ROOT / name).is_file()]
+    stems = {name: {line for line in (ROOT / name).read_text().splitlines() if line[0] != "#"}
+             for name in lists}
+    for name in lists:  # SET-train560.txt holds 560 stems, and none of SET-test140.txt
+        assert len(stems[name]) == int(re.search(r"(\d+)\.txt", name)[1])
+        assert not [other for other in lists - {name} if stems[other] & stems[name]]
 
 
 def test_ci_runs_the_commands_of_the_readme():

@@ -5,7 +5,8 @@
 Naive: attention as an explicit product, float32 (on CUDA without TF32), contiguous memory. Ours:
 as class_net.py runs it on the device (SDPA, channels last, bf16 on CUDA; --amp bf16 asks for it on
 a CPU too). Training is forward, loss and backward. Each round runs both in turn; the table shows
-the median time and the median of the ratios, and at its end the fastest batch of prediction.
+the median rates and the median of the ratios (above 1: ours is faster), and at its end the batch
+with the fastest prediction.
 """
 import argparse
 import statistics

@@ -1,13 +1,16 @@
 """Dense CRF: time against pydensecrf in turns, accuracy, other sparse products, speed on CUDA.
 
-    python tests/benchmarks/bench_crf.py [--images FOLDER] [--rounds 7]
+    python tests/benchmarks/bench_crf.py [--images FOLDER] [--masks FOLDER] [--rounds 7]
 
 Time: 320 x 320, 10 iterations, building the filters included. Each round runs both programs in
 turn, so that a busy machine slows both, and the table shows the median of the ratios. pydensecrf
 uses one thread in any case. Without it the other program is the exact sum, at the size of the
 reference images, as it is slow. Two threads mean nothing unless two cores are idle.
-The sparse products W v and W' v of common/crf.py are timed beside other ways to write them.
+The sparse products W v and W^T v of common/crf.py are timed beside other ways to write them.
 Images: photos from a folder, else those of tests/reference/crf.npz, enlarged.
+Accuracy: mean absolute difference to the exact sums in float64, at half of the usual sxy, of the
+images of tests/reference/crf.npz; with --images and --masks (of the same stems) also of six photos,
+at 160 pixels along the longer side, whose masks are shrunk to 10 to 40 cells and made noisy.
 """
 import argparse
 import statistics
@@ -23,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from common.crf import (  # noqa: E402
     Pixels, colour_grid, dense_crf, gaussian, hard_unary, space_functions)
-from common.datasets import load_image  # noqa: E402
+from common.datasets import load_image, load_mask  # noqa: E402
 from common.metrics import find_images  # noqa: E402
 
 try:
@@ -32,6 +35,8 @@ except ImportError:
     pydensecrf = None
 
 SETTINGS = {"prob": (80.0, 13.0), "label": (50.0, 5.0)}  # sxy, srgb
+# photos of ECSSD, and the seeds of the noise on their masks
+SIX = {"0029": 20, "0206": 150, "0409": 290, "0566": 400, "0739": 520, "0922": 650}
 
 
 def with_pydensecrf(image, prob, sxy, srgb):
@@ -46,16 +51,17 @@ def with_pydensecrf(image, prob, sxy, srgb):
     return np.array(crf.inference(10))[1].reshape(height, width)
 
 
-def with_exact_sums(image, prob, sxy, srgb):
-    """The same with all N x N entries of the appearance kernel, float32."""
-    height, width = prob.shape[2:]
-    kernel = gaussian(torch.arange(height), torch.arange(height), sxy)[:, None, :, None] \
-        * gaussian(torch.arange(width), torch.arange(width), sxy)[None, :, None]
-    kernel = kernel.reshape(height * width, -1)
-    for channel in image[0].float():
-        kernel *= gaussian(channel.flatten(), channel.flatten(), srgb)
-    y, x = (gaussian(torch.arange(n), torch.arange(n), 3.0) for n in (height, width))
-    kernel, y, x = (k * (r := k.sum(1).rsqrt())[:, None] * r for k in (kernel, y, x))
+def with_exact_sums(image, prob, sxy, srgb, dtype=torch.float32):
+    """The same with all N x N entries of the appearance kernel."""
+    places = [torch.arange(n, dtype=dtype) for n in prob.shape[2:]]
+    features = torch.cat([torch.cartesian_prod(*places) / sxy, image[0].flatten(1).T / srgb], 1)
+    kernel = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    kernel.square_().mul_(-0.5).clamp_(min=-80).exp_()                   # [N, N]
+    y, x = (gaussian(place, place, 3.0) for place in places)
+    for k in (kernel, y, x):
+        root = k.sum(1).rsqrt()
+        k.mul_(root[:, None]).mul_(root)
+    prob = prob.to(dtype)
     u, q = torch.logit(prob.clamp(1e-5, 1 - 1e-5)), prob
     for _ in range(10):
         v = 2 * q - 1
@@ -103,9 +109,37 @@ def time_cpu(cases, other, rounds):
             print(f"{name:8}{threads:8}{ours:10.1f}{theirs:10.1f}{ratio:8.2f}{strided:10.2f}")
 
 
+def accuracy_on_photos(images, masks):
+    """Errors on six photos: those in SIX where they are, else others."""
+    photos, masks = find_images(images), find_images(masks)
+    both = [stem for stem in photos if stem in masks]
+    stems = {stem: seed for stem, seed in SIX.items() if stem in both} \
+        or {stem: seed for seed, stem in enumerate(both[::max(1, len(both) // 6)])}
+    errors = {name: [] for name in SETTINGS}
+    for (stem, seed), cells in zip(stems.items(), (10, 15, 20, 25, 30, 40)):
+        image, mask = load_image(photos[stem])[None].float(), load_mask(masks[stem])[None] / 255
+        height, width = (round(n * 160 / max(image.shape)) for n in image.shape[2:])
+        image = F.interpolate(image, (height, width), mode="bilinear", antialias=True).round()
+        coarse = F.interpolate(mask, (max(2, round(cells * height / width)), cells), mode="area")
+        noise = torch.randn(coarse.shape, generator=torch.Generator().manual_seed(seed))
+        prob = (0.1 + 0.8 * coarse + 0.05 * noise).clamp(0.02, 0.98)
+        image, prob = image.byte(), F.interpolate(prob, (height, width), mode="bilinear")
+        for name, (sxy, srgb) in SETTINGS.items():
+            case = image, prob if name == "prob" else hard_unary(prob > 0.5), sxy / 2, srgb
+            exact = with_exact_sums(*case, dtype=torch.float64)
+            programs = [dense_crf, with_pydensecrf] if pydensecrf else [dense_crf]
+            results = [np.asarray(program(*case)).reshape(exact.shape) for program in programs]
+            a, b = results[0] > 0.5, exact > 0.5
+            errors[name].append([(a & b).sum() / (a | b).sum(),
+                                 *(np.abs(result - exact).mean() for result in results)])
+    for name, rows in errors.items():
+        iou, ours, theirs = (*np.mean(rows, 0), np.nan)[:3]
+        print(f"{f'{name} {len(rows)} photos':18}{ours:9.5f}{theirs:12.5f}{iou:14.4f}")
+
+
 def accuracy():
     data = np.load(ROOT / "tests" / "reference" / "crf.npz")
-    print(f"\n{'error to float64':18}{'ours':>9}{'pydensecrf':>12}")
+    print(f"\n{'error to float64':18}{'ours':>9}{'pydensecrf':>12}{'IoU of ours':>14}")
     for name, settings in {"prob": (20.0, 13.0), "label": (15.0, 5.0)}.items():
         for k in range(2):
             image = torch.from_numpy(data[f"image{k}"]).permute(2, 0, 1)[None]
@@ -113,14 +147,14 @@ def accuracy():
             unary = prob if name == "prob" else hard_unary(prob > 0.5)
             got = dense_crf(image, unary, *settings)[0, 0].numpy()
             error = np.abs(got - data[f"exact_{name}{k}"].astype(np.float64)).mean()
-            print(f"{name} {k:<12}{error:>13.5f}{data[f'pydensecrf_error_{name}{k}']:12.5f}")
+            print(f"{f'{name} {k}':18}{error:9.5f}{data[f'pydensecrf_error_{name}{k}']:12.5f}")
 
 
 def time_products(cases, device):
-    """W v and W' v with r functions of the place, milliseconds per photo: CSR and its rivals."""
+    """W v and W^T v with r functions of the place, milliseconds per photo: CSR and its rivals."""
     image = cases[0][0].to(device)
     print(f"\n{f'on {device}, ms':16}" + "".join(f"{name:>15}" for name in (
-        "W, as used", "embedding_bag", "gather", "W', as used", "index_add", "segment_reduce")))
+        "W, as used", "embedding_bag", "gather", "W^T, as used", "index_add", "segment_reduce")))
     for name, (sxy, srgb) in SETTINGS.items():
         vertex, share, exchange = colour_grid(image, srgb)
         fy, fx = (f.to(device) for f in space_functions(*image.shape[2:], sxy))
@@ -172,12 +206,15 @@ def time_cuda(cases):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", help="folder of photos")
+    parser.add_argument("--masks", help="folder of their masks, for the accuracy")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     rival, edge = (with_pydensecrf, 320) if pydensecrf else (with_exact_sums, None)
     print(f"other: {'pydensecrf' if pydensecrf else 'the exact sums, float32'}")
     time_cpu(load_cases(options.images, edge), rival, options.rounds)
     accuracy()
+    if options.images and options.masks:
+        accuracy_on_photos(options.images, options.masks)
     torch.set_num_threads(1)
     time_products(load_cases(options.images, 320), torch.device("cpu"))
     if torch.cuda.is_available():
