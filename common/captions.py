@@ -37,13 +37,13 @@ def vocabulary(captions: Sequence[Sequence[str]], size: int = 10_000) -> list[st
     return ["[PAD]", "[START]", "[END]", *most[:size - 3]]
 
 
-def read_vocabulary(path: str | Path | None, count: int) -> list[str]:
-    """The first column of a file of `count` lines (SentencePiece's .vocab); raises `UserError`.
+def numbers(count: int) -> list[str]:
+    """A vocabulary for want of one: each word is its number."""
+    return [str(i) for i in range(count)]
 
-    Without a file, words are their numbers.
-    """
-    if path is None:
-        return [str(i) for i in range(count)]
+
+def read_vocabulary(path: str | Path, count: int) -> list[str]:
+    """The first column of a file of `count` lines (SentencePiece's .vocab); raises `UserError`."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -52,6 +52,12 @@ def read_vocabulary(path: str | Path | None, count: int) -> list[str]:
         raise UserError(f"{path} has {len(lines)} lines, but the captioner knows {count} words; "
                         "give the vocabulary that it was trained with")
     return [line.split("\t")[0] for line in lines]
+
+
+def whole(words: list[str]) -> bool:
+    """Are these whole words, made by `vocabulary`? Else they are SentencePiece's pieces or numbers.
+    """
+    return words[START] == "[START]"
 
 
 def tokenise(captions: Sequence[Sequence[str]], words: list[str]) -> tuple[Tensor, Tensor]:
@@ -65,9 +71,21 @@ def tokenise(captions: Sequence[Sequence[str]], words: list[str]) -> tuple[Tenso
     return tokens, torch.tensor([len(texts) for texts in captions])
 
 
-def to_words(tokens: Tensor, words: list[str]) -> list[str]:
-    """Tokens [T] -> the words among them."""
-    return [words[token] for token in tokens.tolist() if token > END]
+def spoken(tokens: Tensor, maps: Tensor, words: list[str]) -> tuple[list[str], Tensor]:
+    """Tokens [T] and their maps [T, h, w] -> the words among them, and the map of each.
+
+    Of SentencePiece's pieces "▁" starts a word: a word is joined, its pieces' maps are added.
+    """
+    pieces = any(word.startswith("▁") for word in words)
+    said, looks = [], []
+    for token, look in zip(tokens.tolist(), maps):
+        if token > END and pieces and said and not words[token].startswith("▁"):
+            said[-1] += words[token]
+            looks[-1] = looks[-1] + look
+        elif token > END:
+            said.append(words[token].removeprefix("▁"))
+            looks.append(look)
+    return said, torch.stack(looks) if looks else maps[:0]
 
 
 def mirrored(words: list[str]) -> Tensor:
@@ -99,9 +117,10 @@ class Scores:
         self.dataset, self.sums = dataset, Counter()
 
     def add(self, sample: dict, said: list[str], maps: Tensor) -> None:
-        """The words written for a sample, and the map of each [>= words, h, w]."""
-        known = {word for text in sample["caption"] or [] for word in split(text)}
-        self.sums.update(words=len(said), said=sum(word in known for word in said))
+        """The words written for a sample, and the map of each [words, h, w]."""
+        if sample["caption"]:
+            known = {word for text in sample["caption"] for word in split(text)}
+            self.sums.update(words=len(said), said=sum(word in known for word in said))
         if hasattr(self.dataset, "objects"):
             objects = self.dataset.objects(self.dataset.names.index(sample["name"]))
             for j, word in enumerate(said):
@@ -145,9 +164,9 @@ class Scores:
 
 def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int = 160) -> Tensor:
     """A strip: pictures [C, S, S] in [0, 1], and the first again for each word, bright where its
-    map looks; maps [>= words, h, w]. uint8 [side + 16, side * n, 3]"""
+    map looks; maps [words, h, w]. uint8 [side + 16, side * n, 3]"""
     cells = [TF.resize(p.cpu(), [side, side]).expand(3, -1, -1) for p in pictures]
-    for m in maps[:len(said)].cpu().float():
+    for m in maps.cpu().float():
         m = m / m.max().clamp(min=1e-9)
         heat = F.interpolate(m[None, None], (side, side), mode="bilinear",
                              align_corners=False)[0]
