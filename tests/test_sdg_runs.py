@@ -1,6 +1,5 @@
 """sdg_sod.py as its users run it: every mode, every flag, interruption, processes, bad input."""
 import json
-import math
 import os
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import torch
 from PIL import Image
 
 import sdg_sod
-from common import captions, harness, published, runtime
+from common import harness, published, runtime
 from common.backbones import backbone
-from common.datasets import open_set
 from common.runtime import UserError
 from common.shapes import Shapes
 
@@ -293,7 +291,7 @@ CHANGES = {
                 ["--captions", "ECHO"]],
     "guide": [["--scales", "1"], ["--attn-norm", "max"], ["--attn-norm", "mean"],
               ["--attn-norm", "l1"], ["--attn-row", "read"], ["--xi-init", "normal"],
-              ["--maps", "other"], ["--live"], ["--released"], ["--beam", "1"]]}
+              ["--maps", "other"], ["--live"], ["--released"]]}
 
 
 @pytest.mark.parametrize("stage", CHANGES)
@@ -313,6 +311,23 @@ def test_every_flag_changes_the_result(stage, base, flags, tmp_path, monkeypatch
         if same(last(folder, stage), last(out, stage)):
             unchanged.append(extra)
     assert not unchanged
+
+
+def test_the_beam_changes_the_guidance(base, flags, tmp_path, monkeypatch):
+    """Of a captioner whose words are not sure: the small run's captions are two words long."""
+    folder, _ = base
+    monkeypatch.setattr(sdg_sod, "evaluate", lambda stage, net, args: {})
+    saved = last(folder, "caption")
+    torch.manual_seed(0)
+    for key, value in saved["model"].items():
+        if key.startswith(("forwards.", "words.", "positions.")):
+            torch.nn.init.normal_(value, std=0.3)
+    runtime.save_checkpoint(tmp_path / "unsure.pt", **saved)
+    for beam in ("1", "2"):
+        sdg_sod.main([*flags, "--stage", "guide", "--sod", str(folder / "sod/last.pt"), "--beam",
+                      beam, "--captioner", str(tmp_path / "unsure.pt"), "--out",
+                      str(tmp_path / beam)])
+    assert not same(last(tmp_path / "1", "guide"), last(tmp_path / "2", "guide"))
 
 
 def test_stage_sod_can_start_from_a_checkpoint(base, flags, tmp_path, monkeypatch):
