@@ -90,7 +90,7 @@ from common.captions import END, LENGTH, PAD, START, tokenise
 from common.datasets import open_set
 from common.published import MIT_HEADS, mit_state, read_state, virtex_state
 from common.rivals import ContextDecoder
-from common.runtime import UserError, autocast, generator, progress, save_json, save_png
+from common.runtime import UserError, autocast, generator, progress, save_png
 
 STAGES = ("sod", "caption", "control", "guide")
 PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
@@ -837,13 +837,12 @@ def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
     """Describe the photos of every --eval set, print and save the scores, draw eight photos."""
     for spec in args.eval:
         dataset = open_set(spec, args.data_root)
-        scores, texts = captions.Scores(dataset), {}
+        scores = captions.Scores(dataset)
         for samples, images in harness.batches_of(dataset, args, f"describe {dataset.title}"):
-            for sample, image, (said, maps) in zip(samples, images,
-                                                   describe(captioner, images, args)[0]):
-                texts[sample["name"]] = said
+            found, _ = describe(captioner, images, args)
+            for sample, image, (said, maps) in zip(samples, images, found):
                 scores.add(sample, said, maps)
-                if len(texts) <= 8:
+                if len(scores.texts) <= 8:
                     save_png(folder / "vis" / f"{sample['name']}.png",
                              captions.draw_words([image], said, maps))
             if captions.whole(args.lexicon) and all(sample["caption"] for sample in samples):
@@ -851,13 +850,8 @@ def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
                 logit = captioner.read(captioner.see(images), first.to(args.device))[0]
                 scores.add_next(logit.argmax(2).cpu(), first)
         scores.merge(args.world)
-        texts = {name: said for part in args.world.gather(texts) for name, said in part.items()}
         if args.world.main:
-            print(f"captions of {dataset.title}: {scores}")
-            for name in list(texts)[:5]:
-                print(f"    {name}: {' '.join(texts[name])}")
-            save_json(folder / f"captions-{dataset.title}.json",
-                      {"scores": scores.means(), "captions": texts})
+            scores.report(folder)
 
 
 def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> dict[str, dict]:

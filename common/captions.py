@@ -3,6 +3,7 @@
     words = vocabulary(captions)               # the 10,000 most frequent, after three special ones
     tokens, counts = tokenise(captions, words)  # [N, most captions, 30] and captions per photo [N]
     tokens = mirrored(words)[tokens]           # the captions of the mirrored photos
+    said, maps = spoken(tokens, maps, words)   # what a captioner wrote, and where each word looks
 
 Tokens are numbers of words: PAD after the end, START, the words, END. A word that is not in the
 vocabulary is left out; a caption with more than 28 words is cut and has no end.
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from common.runtime import UserError, World
+from common.runtime import UserError, World, save_json
 
 PAD, START, END = 0, 1, 2
 LENGTH = 30
@@ -111,13 +112,14 @@ class Overheard(Dataset):
 
 
 class Scores:
-    """Sums over the captions written for a data set; `means` explains its numbers."""
+    """The captions written for a data set, by name in `texts`; `means` explains its numbers."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.sums = dataset, Counter()
+        self.dataset, self.sums, self.texts = dataset, Counter(), {}
 
     def add(self, sample: dict, said: list[str], maps: Tensor) -> None:
         """The words written for a sample, and the map of each [words, h, w]."""
+        self.texts[sample["name"]] = said
         if sample["caption"]:
             known = {word for text in sample["caption"] for word in split(text)}
             self.sums.update(words=len(said), said=sum(word in known for word in said))
@@ -141,8 +143,10 @@ class Scores:
         self.sums.update(next=int(right.sum()), tokens=len(right))
 
     def merge(self, world: World) -> None:
-        """Add up the sums of all processes."""
+        """Add up the sums and captions of all processes."""
         self.sums = sum(world.gather(self.sums), Counter())
+        self.texts = {name: said for texts in world.gather(self.texts)
+                      for name, said in texts.items()}
 
     def means(self) -> dict[str, float]:
         """Those of the following that the data set allows.
@@ -158,8 +162,15 @@ class Scores:
                  ("area", "true"))
         return {a: self.sums[a] / self.sums[b] for a, b in pairs if self.sums[b]}
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in self.means().items())
+    def report(self, folder: Path) -> None:
+        """Print the means and five captions; write <folder>/captions-<set>.json."""
+        means = self.means()
+        print(f"captions of {self.dataset.title}: "
+              + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
+        for name in list(self.texts)[:5]:
+            print(f"    {name}: {' '.join(self.texts[name])}")
+        save_json(folder / f"captions-{self.dataset.title}.json",
+                  {"scores": means, "captions": self.texts})
 
 
 def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int = 160) -> Tensor:
