@@ -1,4 +1,4 @@
-"""SDG-SOD: Semantic Distillation Guided Salient Object Detection: captions guide a transformer.
+r"""SDG-SOD: Semantic Distillation Guided Salient Object Detection: captions guide a transformer.
 
 Xu, Liu, Huang, Lu, Li, Guo: "Semantic Distillation Guided Salient Object Detection", 2022 (arXiv).
 No code was ever released. This is written from the paper and from what it builds on: SegFormer's
@@ -20,13 +20,15 @@ Usage
     python sdg_sod.py                                   # built-in shapes, no download, minutes
     python sdg_sod.py --data DUTS-TR --captions COCO-captions --encoder-weights mit_b3.pth
     python sdg_sod.py --stage sod --data COCO-SOD --epochs 30 --encoder-weights FILE --out coco
-    python sdg_sod.py --data DUTS-TR --pretrained coco/sod/last.pt                 # ... SDG-SOD+
+    python sdg_sod.py --data DUTS-TR --pretrained coco/sod/last.pt --out runs/sdg_sod-plus \
+        --captioner runs/sdg_sod-DUTS-TR/caption/last.pt                           # ... SDG-SOD+
     python sdg_sod.py --stage guide --data DUTS-TR --captioner bicaptioning_R_50_L1_H2048.pth
     python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
     torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR --encoder-weights mit_b3.pth
 
 Stages, in order: sod (PVT-SOD, the saliency branch), caption (the guidance branch), control (only
-on shapes unless asked for: PVT-SOD fine-tuned as long as guide), guide (both, fine-tuned).
+on shapes unless asked for: PVT-SOD fine-tuned as long as guide), guide (both, fine-tuned). Of the
+--eval sets those with captions judge stage caption, those with masks the others.
 
 Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 / .030, SDG-SOD
 .905 / .878 / .943 / .027; pre-trained on COCO .903 / .873 / .938 / .028 and .911 / .889 / .946 /
@@ -37,12 +39,14 @@ Departures, and choices where the paper is silent:
     code and patches that do not overlap; PVTv2 would fit the text as well. Layers 2 2 2 2 are taken
     for mit_b1's.
  D2 the decoder is SegFormer's, fused by a layer with BatchNorm, width 256 (b0, b1) or 768;
-    --decoder literal is the text's single layer.
+    --decoder literal is the text's single layer. Table 4's rivals (common/rivals.py) have
+    mmsegmentation's width, 512.
  D3 F3Net's loss as its paper has it, both terms weighted; --bce coded: as its code has it, where a
     misspelt argument cancels the weights of the cross-entropy.
- D4 SegFormer's AdamW: weight decay 0.01 but on norms and biases, warm-up, linear decay; batches of
-    16; 40 more epochs for guide, where the paper names 80 in all. Flips, and F3Net's crops of up to
-    an eighth of each axis.
+ D4 SegFormer's AdamW: weight decay 0.01 but on norms and biases, warm-up, linear decay; one rate
+    for all, where SegFormer's head has ten times that of its encoder; batches of 16; 40 more epochs
+    for guide, where the paper names 80 in all. Flips, and F3Net's crops of up to an eighth of each
+    axis.
  D5 the captioner starts from ImageNet's weights (VirTex: at random), whose BatchNorm statistics
     it keeps, and learns with AdamW at one rate and flips (left and right change places in the
     words) for 20 epochs of batches of 16; VirTex with SGD, Lookahead, crops, colours, the CNN's
@@ -56,9 +60,11 @@ Departures, and choices where the paper is silent:
     start token is read before them, also with --released.
  D8 normalise stretches each resized sum to [0, 1]; others: --attn-norm.
  D9 xi starts at 0, so that guidance starts as the network that it was given.
- D10 a mirrored or cropped photo takes its map along; --live describes it anew.
+ D10 the captioner sees the saliency network's photo, --size pixels, resized again to 224. A
+    mirrored or cropped photo takes its map along; --live describes it anew.
  D11 with several processes each draws for its own share of a batch and normalises by it;
     BatchNorm's statistics are averaged after each epoch. Results depend a little on their number.
+ D12 COCO-SOD pre-trains PVT-SOD, as Table 1 says, not the whole of SDG-SOD (section 4.3).
 --released follows the code of F3Net in D3, and of VirTex's beam search, which forgets to feed the
 start token after its first step.
 The tool for annotating COCO (Appendix A) is data/relabel.py.
@@ -67,13 +73,15 @@ Shapes: B batch, H W input size, h w feature size, C channels, T words. Images a
 """
 import argparse
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from common import captions, harness, runtime
 from common.backbones import PIXELS, backbone
@@ -81,17 +89,19 @@ from common.bank import Bank, batches, crop, draw_crops, epoch_order
 from common.captions import END, LENGTH, PAD, START, tokenise
 from common.datasets import open_set
 from common.published import MIT_HEADS, mit_state, read_state, virtex_state
-from common.runtime import UserError, autocast, generator, progress, save_json, save_png
+from common.rivals import ContextDecoder
+from common.runtime import UserError, autocast, generator, progress, save_png
 
 STAGES = ("sod", "caption", "control", "guide")
 PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
          "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "taps": 1, "freeze": False,
-         "captions": "COCO-captions"}
+         "beam": 5, "captions": "COCO-captions"}
 SHAPES = {"epochs": (20, 20, 6, 6), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
           "encoder": "mit_tiny", "backbone": "tiny", "hidden": 256, "taps": 4, "freeze": True,
-          "captions": None}
-PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S"]  # Table 1
-MIT = {  # channels, layers and heads of the four stages, width of the decoder
+          "beam": 5, "captions": None}
+PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S",  # Table 1
+              "COCO-captions-val"]                                    # for the captioner
+MIT = {  # channels, layers and heads of the four levels, width of the decoder
     "mit_tiny": ((24, 48, 96, 128), (1, 1, 2, 1), (1, 2, 4, 4), 64),
     "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), 256),
     "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), 256),
@@ -121,8 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--sod", metavar="FILE", help="for control, guide [<out>/sod/last.pt]")
     method.add_argument("--captioner", metavar="FILE",
                         help="for guide, ours or VirTex's bicaptioning [<out>/caption/last.pt]")
-    method.add_argument("--scales", type=int, nargs="+", choices=(1, 2, 3, 4), default=[1, 2, 3, 4],
-                        help="guided scales, from 1, the finest, Table 3 [1 2 3 4]")
+    method.add_argument("--scales", type=int, nargs="+", choices=(1, 2, 3, 4),
+                        help="guided scales, from 1, the finest, Table 3 [all the decoder sees]")
     method.add_argument("--attn-norm", choices=("minmax", "max", "mean", "l1"), default="minmax",
                         help="normalise in Eq. 3, see D8 [minmax]")
     method.add_argument("--attn-row", choices=("predict", "read"), default="predict", help="see D7")
@@ -138,8 +148,10 @@ def build_parser() -> argparse.ArgumentParser:
                         help="the captioner's CNN keeps its weights [no]")
     method.add_argument("--hidden", type=harness.positive, help="width of the text decoder [1024]")
     method.add_argument("--layers", type=harness.positive, default=1, help="of text decoder [1]")
-    method.add_argument("--beam", type=harness.positive, default=5, help="1 is greedy [5]")
-    method.add_argument("--vocabulary", metavar="FILE", help="VirTex's (SentencePiece's .vocab)")
+    method.add_argument("--beam", type=harness.positive,
+                        help="captions tried at once; 1 is greedy [5]")
+    method.add_argument("--vocabulary", metavar="FILE",
+                        help="VirTex's (SentencePiece's .vocab), without which words are numbers")
     method.add_argument("--words", action="store_true",
                         help="--predict also draws where each word of the caption looks, Fig. 9")
     harness.add_flags(parser)
@@ -158,8 +170,11 @@ def fill_defaults(args: argparse.Namespace) -> None:
     rival = args.decoder not in ("mlp", "literal") and not small
     args.width = args.width or (512 if rival else MIT[args.encoder][3])
     args.bce = args.bce or ("coded" if args.released else "weighted")    # D3
-    if args.decoder == "ann":  # all that it sees
-        args.scales = [scale for scale in args.scales if scale > 2] or [3, 4]
+    seen = [3, 4] if args.decoder == "ann" else [1, 2, 3, 4]
+    args.scales = args.scales or seen
+    if not set(args.scales) <= set(seen):
+        raise UserError("--decoder ann sees scales 3 and 4 alone: give --scales one or both of "
+                        "them, or leave it out")
     if args.maps == "other" and args.live:
         raise UserError("--maps other needs maps made beforehand: leave out --live")
     if args.hidden % 64:
@@ -231,7 +246,7 @@ class Block(nn.Module):
         return x * (torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop) / (1 - self.drop)
 
 
-class Stage(nn.Module):
+class Level(nn.Module):
     """Overlapping patches of the map before, blocks, LayerNorm."""
 
     def __init__(self, before: int, channels: int, heads: int, side: int, drops: list[float]):
@@ -257,7 +272,7 @@ class MiT(nn.Module):
         self.channels, layers, heads, _ = MIT[name]
         drops, before = torch.linspace(0, 0.1, sum(layers)).split(layers), (3, *self.channels)
         self.stages = nn.ModuleList(
-            Stage(before[i], self.channels[i], heads[i], (8, 4, 2, 1)[i], drops[i].tolist())
+            Level(before[i], self.channels[i], heads[i], (8, 4, 2, 1)[i], drops[i].tolist())
             for i in range(4))
         for name, value in zip(("mean", "std"), PIXELS["imagenet"]):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
@@ -266,8 +281,8 @@ class MiT(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] in [0, 1] -> F1 ... F4, [B, C_i, H / 2^(i+1), W / 2^(i+1)]."""
         x, features = (image - self.mean) / self.std, []
-        for stage in self.stages:
-            x = stage(x)
+        for level in self.stages:
+            x = level(x)
             features.append(x)
         return features
 
@@ -321,94 +336,20 @@ class Guidance(nn.Module):
         return (m - low) / scale.clamp(min=1e-6)
 
 
-def conv(before: int, after: int, size: int = 1, dilation: int = 1) -> nn.Sequential:
-    """Convolution, BatchNorm, ReLU."""
-    return nn.Sequential(nn.Conv2d(before, after, size, padding=size // 2 * dilation,
-                                   dilation=dilation, bias=False), nn.BatchNorm2d(after), nn.ReLU())
-
-
 class MLPDecoder(nn.Module):
     """All-MLP decoder: a linear layer per scale, resized to 1/4, concatenated, fused (D2)."""
 
     def __init__(self, channels: tuple[int, ...], width: int, literal: bool = False):
         super().__init__()
         self.linear = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.fuse = nn.Identity() if literal else nn.Sequential(conv(4 * width, width),
-                                                                nn.Dropout2d(0.1))
+        self.fuse = nn.Identity() if literal else nn.Sequential(
+            Conv2dNormActivation(4 * width, width, 1), nn.Dropout2d(0.1))
         self.predict = nn.Conv2d(4 * width if literal else width, 1, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """F1 ... F4 -> logit [B, 1, H/4, W/4]"""
         levels = [resize(linear(f), features[0]) for linear, f in zip(self.linear, features)]
         return self.predict(self.fuse(torch.cat(levels[::-1], 1)))       # coarse to fine
-
-
-class Affinity(nn.Module):
-    """APCNet's context: each pixel weighs n x n regions, by a sigmoid of itself and the mean."""
-
-    def __init__(self, before: int, after: int, n: int):
-        super().__init__()
-        self.n, self.reduce, self.region = n, conv(before, after), conv(before, after)
-        self.weigh = nn.Sequential(conv(after, after), nn.Conv2d(after, n * n, 1), nn.Sigmoid())
-        self.back, self.fuse = conv(after, after), conv(after, after)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, before, h, w] -> [B, after, h, w]"""
-        regions = self.region(F.adaptive_avg_pool2d(x, self.n)).flatten(2)   # [B, C, nn]
-        x = self.reduce(x)
-        weights = self.weigh(x + x.mean((2, 3), keepdim=True)).flatten(2)    # [B, nn, hw]
-        return self.fuse(x + self.back((regions @ weights).view_as(x)))
-
-
-class NonLocal(nn.Module):
-    """ANNet's attention, from each pixel of `x` to means over 1 + 9 + 36 + 64 regions of `low`."""
-
-    def __init__(self, before: int, low: int, after: int):
-        super().__init__()
-        self.q, self.kv = conv(before, 256), nn.ModuleList([conv(low, 256), nn.Conv2d(low, 256, 1)])
-        self.fuse = conv(256 + before, after)
-
-    def forward(self, x: Tensor, low: Tensor) -> Tensor:
-        """[B, before, h, w], [B, low, h', w'] -> [B, after, h, w]"""
-        k, v = (torch.cat([F.adaptive_avg_pool2d(f(low), n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
-                for f in self.kv)                                        # [B, 110, 256]
-        context = F.scaled_dot_product_attention(self.q(x).flatten(2).mT, k, v).mT
-        return self.fuse(torch.cat([context.unflatten(2, x.shape[2:]), x], 1))
-
-
-class ContextDecoder(nn.Module):
-    """The rivals in Table 4, as in mmsegmentation; the paper gives no settings.
-
-    psp, aspp, apc see all scales, resized to 1/8 and concatenated: no map at 1/32 alone could be as
-    exact as the table says. ann sees the scales 3 and 4.
-    """
-
-    def __init__(self, kind: str, channels: tuple[int, ...], width: int):
-        super().__init__()
-        self.kind, before = kind, sum(channels)
-        inner = {"ann": channels[3], "aspp": 5 * width}.get(kind, before + 4 * width)
-        if kind == "ann":
-            contexts = [NonLocal(inner, channels[2], inner), NonLocal(width, width, width)]
-        elif kind == "apc":
-            contexts = [Affinity(before, width, n) for n in (1, 2, 3, 6)]
-        else:  # means over n x n regions; aspp has that of the whole map, and dilated convolutions
-            contexts = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(before, width))
-                        for n in ((1,) if kind == "aspp" else (1, 2, 3, 6))]
-        if kind == "aspp":
-            contexts += [conv(before, width, *shape) for shape in ((1,), (3, 12), (3, 24), (3, 36))]
-        self.contexts = nn.ModuleList(contexts)
-        self.bottleneck = conv(inner, width, 3)
-        self.predict = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(width, 1, 1))
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """F1 ... F4 -> logit [B, 1, H/8, W/8], of ann [B, 1, H/32, W/32]"""
-        if self.kind == "ann":
-            across, within = self.contexts
-            x = self.bottleneck(across(features[3], features[2]))
-            return self.predict(within(x, x))
-        x = torch.cat([resize(f, features[1]) for f in features], 1)
-        seen = [resize(context(x), x) for context in self.contexts]
-        return self.predict(self.bottleneck(torch.cat(seen + [x] * (self.kind != "aspp"), 1)))
 
 
 class SDGSOD(nn.Module):
@@ -545,9 +486,10 @@ class Captioner(nn.Module):
         tokens = self.write(grid)
         attention = self.read(grid, tokens[:, :LENGTH])[1].float()       # [B, <= 30, 49]
         word = tokens[:, 1:]
-        rows = attention[:, :word.shape[1]] if self.row == "predict" else \
-            F.pad(attention[:, 1:], (0, 0, 0, word.shape[1] + 1 - attention.shape[1]))  # D7
-        maps = rows * (word > END)[..., None]
+        rows = attention[:, 1:] if self.row == "read" else attention[:, :word.shape[1]]  # D7
+        maps = attention.new_zeros(*word.shape, attention.shape[2])      # the last may have no row
+        maps[:, :rows.shape[1]] = rows
+        maps *= (word > END)[..., None]
         side = math.isqrt(maps.shape[2])
         return word, maps.unflatten(2, (side, side))
 
@@ -558,7 +500,8 @@ class Captioner(nn.Module):
 
 def reverse(tokens: Tensor) -> Tensor:
     """Captions [B, T] read backwards; the padding stays at the end."""
-    index = (tokens != PAD).sum(1, keepdim=True) - 1 - torch.arange(tokens.shape[1]).to(tokens)
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    index = (tokens != PAD).sum(1, keepdim=True) - 1 - place
     return tokens.gather(1, index.clamp(min=0)) * (index >= 0)
 
 
@@ -589,19 +532,32 @@ def caption_loss(logits: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 
 
-def make_captioner(args: argparse.Namespace, weights: str | None) -> Captioner:
-    """An untrained captioner on the CPU, its CNN filled as `backbone` does."""
-    encoder = backbone(args.backbone, weights, args.pixels, weights != "none", borders=args.borders)
+def make_backbone(args: argparse.Namespace, weights: str | None = None) -> nn.Module:
+    """The captioner's CNN, filled from --backbone-weights unless `weights` are given."""
+    usual = "imagenet" if args.backbone == "resnet50" else None
+    weights = weights or args.backbone_weights or usual
+    return backbone(args.backbone, weights, args.pixels, weights != "none", borders=args.borders)
+
+
+def make_captioner(args: argparse.Namespace, weights: str | None = None) -> Captioner:
+    """An untrained captioner on the CPU, its CNN filled as `make_backbone` says."""
+    encoder = make_backbone(args, weights)
     return Captioner(encoder, len(args.lexicon), args.hidden, args.layers, args.taps,
                      args.plain_grid, args.attn_row, args.beam, args.released)
 
 
-def load_captioner(path: str | Path, args: argparse.Namespace) -> Captioner:
-    """The captioner of a checkpoint, ours or VirTex's; sets the flags that describe it."""
-    saved = runtime.torch_load(path)
+def load_captioner(path: str | Path, args: argparse.Namespace, saved: dict | None = None
+                   ) -> Captioner:
+    """The captioner of a checkpoint (`saved` if it has been read), ours or VirTex's; sets the flags
+    that describe it. --vocabulary replaces its words."""
+    saved = saved or runtime.torch_load(path)
     if "method" in saved:
-        runtime.load_checkpoint(path, "sdg_sod", "caption")
-        state = harness.restore(path, "sdg_sod", args, CAPTIONER, ())["model"]
+        of = f"{saved['method']} stage {saved['stage']}"
+        if of != "sdg_sod stage caption":
+            raise UserError(f"{path} is a checkpoint of {of}, not of sdg_sod stage caption")
+        state = saved["model"]
+        for name in CAPTIONER:
+            setattr(args, name, saved["args"][name])
     else:
         state = virtex_state(saved.get("model", saved))
         if "words.weight" not in state:
@@ -610,7 +566,9 @@ def load_captioner(path: str | Path, args: argparse.Namespace) -> Captioner:
         args.layers = len({key.split(".")[1] for key in state if key.startswith("forwards.")})
         args.backbone, args.pixels, args.borders = "resnet50", "imagenet", "zeros"
         args.taps, args.plain_grid = 1, True
-        args.lexicon = captions.read_vocabulary(args.vocabulary, count)
+        args.lexicon = captions.numbers(count)
+    if args.vocabulary:
+        args.lexicon = captions.read_vocabulary(args.vocabulary, len(args.lexicon))
     captioner = make_captioner(args, "none")
     runtime.load_state(captioner, state, path)
     return captioner
@@ -625,15 +583,15 @@ def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int
     args.lexicon = captions.vocabulary(heard.captions)
     tokens, counts = tokenise(heard.captions, args.lexicon)
     mirror = captions.mirrored(args.lexicon)
-    usual = "imagenet" if args.backbone == "resnet50" else None
-    net = make_captioner(args, args.backbone_weights or usual).to(args.device)
+    net = make_captioner(args).to(args.device)
     net.encoder.requires_grad_(not args.freeze)
 
     def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
         which = torch.rand(len(index), generator=random) * counts[index]
         said = tokens[index, which.long()]                               # [B, 30]
         said = torch.where(flip[:, None], mirror[said], said)
-        said = said[:, :int((said != PAD).sum(1).max())].to(args.device)  # the longest one's length
+        said = said[:, :int((said != PAD).sum(1).max())]                 # the longest one's length
+        said = said.to(args.device, non_blocking=True)
         with autocast(args.device, args.amp):
             logits = net(bank.images(index, flip), said)
         return caption_loss(logits, said)
@@ -652,6 +610,15 @@ def make_net(stage: str, args: argparse.Namespace, captioner: Captioner | None =
     return SDGSOD(encoder, decoder, guidance, captioner)
 
 
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Say in a `UserError` which flag's file is at fault."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--{flag}: {error}") from None
+
+
 def load_encoder(encoder: MiT, args: argparse.Namespace) -> None:
     """Fill the encoder from --encoder-weights; raises `UserError` unless every key has its place"""
     weights = args.encoder_weights or ("none" if args.encoder == "mit_tiny" else None)
@@ -659,7 +626,30 @@ def load_encoder(encoder: MiT, args: argparse.Namespace) -> None:
         raise UserError(f"--encoder-weights: give a file with the weights of {args.encoder} (from "
                         "smp-hub or nvidia on huggingface.co, or OpenMMLab), or none")
     if weights != "none":
-        runtime.load_state(encoder, mit_state(read_state(weights)), weights, MIT_HEADS)
+        with naming("encoder-weights"):
+            runtime.load_state(encoder, mit_state(read_state(weights)), weights, MIT_HEADS)
+
+
+def find(flag: str, stage: str, args: argparse.Namespace) -> Path:
+    """The file that --sod, --pretrained or --captioner names, else last.pt of that stage's run."""
+    given = getattr(args, flag)
+    path = Path(given or args.out / stage / "last.pt")
+    if not given and not path.exists():
+        raise UserError(f"there is no {path}; make it: python sdg_sod.py --stage {stage} "
+                        f"--data {args.data} --out {args.out}")
+    return path
+
+
+def load_sod(flag: str, args: argparse.Namespace) -> dict[str, Tensor]:
+    """State dict of the PVT-SOD that --sod or --pretrained names; raises `UserError`."""
+    path = find(flag, "sod", args)
+    with naming(flag):
+        saved = runtime.load_checkpoint(path, "sdg_sod", "sod")
+        other = [f"--{name} {saved['args'][name]}" for name in ("encoder", "decoder", "width")
+                 if saved["args"][name] != getattr(args, name)]
+        if other:
+            raise UserError(f"{path} was trained with {', '.join(other)}: give the same flags")
+    return saved["model"]
 
 
 def start_net(stage: str, args: argparse.Namespace) -> SDGSOD:
@@ -668,42 +658,60 @@ def start_net(stage: str, args: argparse.Namespace) -> SDGSOD:
         net = make_net(stage, args)
         load_encoder(net.encoder, args)
         return net
-    paths = {name: Path(getattr(args, flag) or args.out / name / "last.pt")
-             for name, flag in (("sod", "pretrained" if stage == "sod" else "sod"),
-                                ("caption", "captioner"))}
-    for name in ("sod", "caption") if stage == "guide" else ("sod",):
-        if not paths[name].exists():
-            raise UserError(f"there is no {paths[name]}; make it: python sdg_sod.py --stage {name} "
-                            f"--data {args.data} --out {args.out}")
-    captioner = load_captioner(paths["caption"], args) if stage == "guide" else None
+    flag, captioner = "pretrained" if stage == "sod" else "sod", None
+    state = load_sod(flag, args)
+    if stage == "guide":
+        with naming("captioner"):
+            captioner = load_captioner(find("captioner", "caption", args), args)
     net = make_net(stage, args, captioner)
-    state = runtime.load_checkpoint(paths["sod"], "sdg_sod", "sod")["model"]
     new = {k: v for k, v in net.state_dict().items() if k.startswith(("guidance.", "captioner."))}
-    runtime.load_state(net, {**new, **state}, paths["sod"])
+    runtime.load_state(net, {**new, **state}, f"the file of --{flag}")
     return net
+
+
+def check_files(stages: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise `UserError` now for a file or a set that a later stage would refuse after hours."""
+    if "caption" in stages:
+        open_set(args.captions, args.data_root, masks=False)
+        make_backbone(args)
+    if {"control", "guide"} & set(stages[1:]):
+        open_set(args.data, args.data_root)
+        if args.sod:
+            load_sod("sod", args)
+        if args.captioner:
+            with naming("captioner"):  # a copy: its flags shall not become those of other stages
+                load_captioner(args.captioner, argparse.Namespace(**vars(args)))
 
 
 def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD, int, Loss]:
     """Network, number of images and loss of the stages sod, control and guide."""
-    dataset, maps = open_set(args.data, args.data_root), None
-    net = start_net(stage, args).to(args.device)
+    dataset = open_set(args.data, args.data_root)
+    if args.decoder in ("psp", "aspp", "apc") and \
+            min(args.batch_size, len(dataset)) < 2 * args.world.size:
+        raise UserError(f"--decoder {args.decoder} normalises over a batch what it sees of whole "
+                        "photos: it needs at least two in each process's share of --batch-size")
+    sdg = start_net(stage, args).to(args.device)
     bank = Bank(dataset, args.size, args.device, folder, parts=("image", "mask"))
     if not bank.has["mask"].all():
         raise UserError(f"--data {args.data}: not every picture has a mask")
-    if stage == "guide" and not args.live:
-        maps = map_bank(net.captioner, bank, args)
-        maps = maps.roll(1, 0) if args.maps == "other" else maps
+
+    @cache
+    def guidance() -> Tensor:
+        """[N, 1, 7, 7], made on first use: --resume restores the captioner before."""
+        maps = map_bank(sdg.captioner, bank, args)
+        return maps.roll(1, 0) if args.maps == "other" else maps
 
     def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
-        box, m = draw_crops(len(index), args.crop, random).to(args.device), None
+        box, m = draw_crops(len(index), args.crop, random), None
         image, mask = (crop(x, box) for x in (bank.images(index, flip), bank.masks(index, flip)))
-        if maps is not None:
-            m = maps[index.to(args.device)]                              # [B, 1, 7, 7]
-            m = crop(torch.where(flip.to(args.device).view(-1, 1, 1, 1), m.flip(3), m), box)
+        if stage == "guide" and not args.live:
+            m = guidance()[index.to(args.device, non_blocking=True)]     # [B, 1, 7, 7]
+            mirrored = flip.to(args.device, non_blocking=True).view(-1, 1, 1, 1)
+            m = crop(torch.where(mirrored, m.flip(3), m), box)
         with autocast(args.device, args.amp):
             logit = net(image, m)
         return structure_loss(logit, mask, args.bce)
-    return net, len(bank), loss
+    return sdg, len(bank), loss
 
 
 @torch.no_grad()
@@ -729,8 +737,8 @@ def rate(step: int, steps: int) -> float:
 
 def train(stage: str, args: argparse.Namespace) -> nn.Module:
     """Train one stage from its start or, with --resume, from last.pt."""
-    world, folder, epochs = args.world, args.out / stage, args.epochs[STAGES.index(stage)]
-    args.lexicon = None                          # the vocabulary: stages caption and guide set it
+    world, folder, at = args.world, args.out / stage, STAGES.index(stage)
+    epochs, args.lexicon = args.epochs[at], None     # the stages caption and guide set the lexicon
     torch.manual_seed(args.seed)
     net, count, loss = caption_task(args, folder) if stage == "caption" else \
         sod_task(stage, args, folder)
@@ -740,23 +748,37 @@ def train(stage: str, args: argparse.Namespace) -> nn.Module:
     optimiser = torch.optim.AdamW([  # matrices decay, norms and biases do not
         {"params": [p for p in learnt if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}])
-    flags = harness.plain_flags(args)
-    done = harness.resume(folder, "sdg_sod", stage, flags, net, optimiser)
-    harness.save_args({k: v for k, v in flags.items() if k != "lexicon"}, args, folder)
+    flags = harness.plain_flags(args) | {"epochs": epochs, "lr": args.lr[at]}
+    short = {name: value for name, value in flags.items() if name != "lexicon"}  # 10,000 words
+    check_lexicon(stage, args)
+    done = harness.resume(folder, "sdg_sod", stage, short, net, optimiser)
+    harness.save_args(short, args, folder)
     log = runtime.Log(folder, epochs, done, quiet=not world.main)
-    parallel, watch = world.parallel(net), harness.Watch(args)
+    parallel = world.parallel(net)
+    watch = None if stage == "caption" else harness.Watch(judging(stage, args))
     for epoch in range(done + 1, epochs + 1):
         net.train()
         mean, images = train_epoch(stage, parallel, loss, optimiser, count, epoch, args)
         runtime.require_finite(mean, epoch)
         world.average_statistics(net)                                    # D11
         picture = folder / "vis" / f"epoch_{epoch:03d}.png"
-        seen = {} if stage == "caption" else watch(partial(forward, net, args=args), picture)
+        seen = watch(partial(forward, net, args=args), picture) if watch else {}
         log.epoch(epoch, images, loss=mean, lr=optimiser.param_groups[0]["lr"], **seen)
         if world.main:
             harness.save(folder, "sdg_sod", stage, epoch, flags, net, optimiser)
         world.barrier()
     return net
+
+
+def check_lexicon(stage: str, args: argparse.Namespace) -> None:
+    """Raise `UserError` if --resume would go on with a captioner of another vocabulary."""
+    path = args.out / stage / "last.pt"
+    if args.lexicon and args.resume and path.exists():
+        was = runtime.load_checkpoint(path, "sdg_sod", stage)["args"]["lexicon"]
+        if was != args.lexicon:
+            source = "captions" if stage == "caption" else "captioner"
+            raise UserError(f"{path}: the captioner's vocabulary is another; give --resume the "
+                            f"same --{source}, or another --out for a new run")
 
 
 def train_epoch(stage: str, net: nn.Module, loss: Loss, optimiser: torch.optim.Optimizer,
@@ -782,83 +804,101 @@ def train_epoch(stage: str, net: nn.Module, loss: Loss, optimiser: torch.optim.O
 
 
 # ---- Evaluation and prediction -------------------------------------------------------------------
+def judging(stage: str, args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with those --eval sets alone that judge a stage: with captions, or with masks."""
+    part = "caption" if stage == "caption" else "mask"
+    sets = [spec for spec in args.eval if open_set(spec, args.data_root)[0][part] is not None]
+    return argparse.Namespace(**{**vars(args), "eval": sets})
+
+
 @torch.no_grad()
-def forward(net: SDGSOD, image: Tensor, args: argparse.Namespace) -> Tensor:
-    """Saliency logit [B, 1, H, W], in eval mode."""
+def forward(net: SDGSOD, image: Tensor, args: argparse.Namespace, m: Tensor | None = None
+            ) -> Tensor:
+    """Saliency logit [B, 1, H, W], in eval mode; m: see `SDGSOD.forward`."""
     net.eval()
     with autocast(args.device, args.amp):
-        return net(image)
+        return net(image, m)
+
+
+@torch.no_grad()
+def describe(captioner: Captioner, image: Tensor, args: argparse.Namespace
+             ) -> tuple[list[tuple[list[str], Tensor]], Tensor]:
+    """Images [B, 3, S, S] -> of each the words and their maps [words, 7, 7]; the sums of the maps
+    [B, 1, 7, 7]."""
+    captioner.eval()
+    with autocast(args.device, args.amp):
+        tokens, maps = captioner.look(image)
+    said = [captions.spoken(*one, args.lexicon) for one in zip(tokens, maps)]
+    return said, maps.sum(1, keepdim=True)
 
 
 @torch.no_grad()
 def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
     """Describe the photos of every --eval set, print and save the scores, draw eight photos."""
-    captioner.eval()
     for spec in args.eval:
         dataset = open_set(spec, args.data_root)
-        scores, texts = captions.Scores(dataset), {}
+        scores = captions.Scores(dataset)
         for samples, images in harness.batches_of(dataset, args, f"describe {dataset.title}"):
-            with autocast(args.device, args.amp):
-                found = captioner.look(images)
-            for sample, image, tokens, maps in zip(samples, images, *found):
-                texts[sample["name"]] = said = captions.to_words(tokens, args.lexicon)
+            found, _ = describe(captioner, images, args)
+            for sample, image, (said, maps) in zip(samples, images, found):
                 scores.add(sample, said, maps)
-                if len(texts) <= 8:
+                if len(scores.texts) <= 8:
                     save_png(folder / "vis" / f"{sample['name']}.png",
                              captions.draw_words([image], said, maps))
-            if all(sample["caption"] for sample in samples):
+            if captions.whole(args.lexicon) and all(sample["caption"] for sample in samples):
                 first = tokenise([s["caption"][:1] for s in samples], args.lexicon)[0][:, 0]
                 logit = captioner.read(captioner.see(images), first.to(args.device))[0]
                 scores.add_next(logit.argmax(2).cpu(), first)
         scores.merge(args.world)
-        texts = {name: said for part in args.world.gather(texts) for name, said in part.items()}
         if args.world.main:
-            print(f"captions of {dataset.title}: {scores}")
-            for name in list(texts)[:5]:
-                print(f"    {name}: {' '.join(texts[name])}")
-            save_json(folder / f"captions-{dataset.title}.json",
-                      {"scores": scores.means(), "captions": texts})
+            scores.report(folder)
 
 
 def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
-    """Saliency scores of every --eval set; the captioner's are printed by `study`."""
+    """Saliency scores of the --eval sets with masks; of stage caption `study` prints others."""
+    args = judging(stage, args)
     if stage == "caption":
         study(net, args, args.out / stage)
         return {}
     return harness.evaluate(partial(forward, net, args=args), args, args.out / stage, f"-{stage}")
 
 
-@torch.no_grad()
 def predict_words(net: nn.Module, args: argparse.Namespace) -> None:
     """Write <out>/predict/<stem>_words.png: photo, saliency unless of stage caption, words."""
     photos = harness.Photo(args.predict) if args.predict.is_file() else \
         open_set(args.predict, args.data_root, masks=False)
-    captioner = net.eval() if isinstance(net, Captioner) else net.captioner.eval()
+    captioner = net if isinstance(net, Captioner) else net.captioner
     for samples, images in harness.batches_of(photos, args, "words"):
-        logits = [] if net is captioner else forward(net, images, args)
-        with autocast(args.device, args.amp):
-            found = captioner.look(images)
-        for i, (words, maps) in enumerate(zip(*found)):
-            name, said = samples[i]["name"], captions.to_words(words, args.lexicon)
-            print(f"{name}: {' '.join(said)}")
+        found, m = describe(captioner, images, args)
+        logits = [] if net is captioner else forward(net, images, args, m)
+        for i, (said, maps) in enumerate(found):
+            print(f"{samples[i]['name']}: {' '.join(said)}")
             pictures = [images[i], *(torch.sigmoid(logit) for logit in logits[i:i + 1])]
-            save_png(args.out / "predict" / f"{name}_words.png",
+            save_png(args.out / "predict" / f"{samples[i]['name']}_words.png",
                      captions.draw_words(pictures, said, maps))
 
 
 def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
     """Stage and network of one of our checkpoints, or of VirTex's."""
     saved = runtime.torch_load(path)
-    if "method" not in saved or saved["stage"] == "caption":
-        stage, net, was = "caption", load_captioner(path, args), saved.get("args", {})
-        args.data, args.size = was.get("data", "DUTS-TR"), args.size or was.get("size", GRID)
-        net.beam, net.released = was.get("beam", args.beam), was.get("released", args.released)
+    ours = "method" in saved
+    args.out = args.out or (path.parent.parent if ours else Path("runs", "sdg_sod-released"))
+    if not ours or saved["stage"] == "caption":
+        was = saved["args"] if ours else {"data": "DUTS-TR", "size": GRID, "beam": PAPER["beam"],
+                                          "released": args.released}
+        args.data, args.released = was["data"], was["released"]
+        args.size, args.beam = args.size or was["size"], args.beam or was["beam"]
+        stage, net = "caption", load_captioner(path, args, saved)
     else:
         names = (*CAPTIONER, "encoder", "decoder", "width", "scales", "attn_norm", "attn_row",
-                 "beam", "released", "data")
-        saved = harness.restore(path, "sdg_sod", args, names, ("size",))
-        stage = saved["stage"]
-        net = make_net(stage, args, make_captioner(args, "none") if stage == "guide" else None)
+                 "released", "data")
+        saved = harness.restore(path, "sdg_sod", args, names, ("size", "beam"))
+        stage, captioner = saved["stage"], None
+        if stage == "guide":
+            if args.vocabulary:
+                args.lexicon = captions.read_vocabulary(args.vocabulary, len(args.lexicon))
+            captioner = make_captioner(args, "none")
+        net = make_net(stage, args, captioner)
         runtime.load_state(net, saved["model"], path)
     fill_defaults(args)
     harness.prepare(args, "sdg_sod")
@@ -873,13 +913,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights or args.predict:
         run = harness.run_folder(args, "sdg_sod")
         args.weights = args.weights or run / (args.stage or "guide") / "last.pt"
-        args.out = args.out or args.weights.parent.parent
         stage, net = load(args.weights, args)
+        if args.words and stage in ("sod", "control"):
+            raise UserError(f"--words: {args.weights} is of stage {stage}, which knows no words; "
+                            "give a checkpoint of stage caption or guide")
         if not args.predict:
+            if args.eval and not judging(stage, args).eval:
+                part = "captions" if stage == "caption" else "masks"
+                raise UserError(f"--eval {' '.join(args.eval)}: stage {stage} is judged by {part}, "
+                                "which these sets lack")
             harness.save_results(evaluate(stage, net, args), args, args.out / stage)
         elif stage != "caption":
             harness.predict(partial(forward, net, args=args), args)
-        if args.predict and (stage == "caption" or stage == "guide" and args.words):
+        if args.predict and (stage == "caption" or args.words):
             predict_words(net, args)
         return
     fill_defaults(args)
@@ -889,13 +935,12 @@ def main(argv: list[str] | None = None) -> None:
     if not args.stage:  # what was given need not be trained
         given = {"sod": args.sod, "caption": args.captioner}
         stages = [stage for stage in stages if not given.get(stage)]
-    if "caption" in stages:
-        open_set(args.captions, args.data_root, masks=False)  # lest it fails after hours
+    check_files(stages, args)
     for stage in stages:
         results |= evaluate(stage, train(stage, args), args)
         harness.save_results(results, args, args.out / stage)
     harness.gallery([f"{stage}/pred/{{}}-{stage}" for stage in ("sod", "control", "guide")
-                     if (args.out / stage).exists()], args)
+                     if (args.out / stage).exists()], judging("sod", args))
 
 
 if __name__ == "__main__":

@@ -155,9 +155,13 @@ def draw_crops(count: int, share: float, random: torch.Generator) -> torch.Tenso
 
 
 def crop(x: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
-    """What lies in the boxes [B, 4] of [B, C, h, w], enlarged to h x w."""
-    box = box * torch.tensor([x.shape[3], x.shape[2]] * 2, device=x.device)
-    return roi_align(x, list(box[:, None]), x.shape[2:], sampling_ratio=1, aligned=True)
+    """What lies in the boxes [B, 4] (see `draw_crops`; on the CPU) of [B, C, h, w], enlarged to
+    h x w."""
+    h, w = x.shape[2:]
+    rows = torch.arange(len(box))[:, None]
+    rois = torch.cat([rows, box * torch.tensor([w, h, w, h])], 1)        # [B, 5]
+    return roi_align(x, rois.to(x.device, non_blocking=True), (h, w), sampling_ratio=1,
+                     aligned=True)
 
 
 def epoch_order(count: int, batch: int, seed: int, epoch: int,

@@ -3,6 +3,7 @@
     words = vocabulary(captions)               # the 10,000 most frequent, after three special ones
     tokens, counts = tokenise(captions, words)  # [N, most captions, 30] and captions per photo [N]
     tokens = mirrored(words)[tokens]           # the captions of the mirrored photos
+    said, maps = spoken(tokens, maps, words)   # what a captioner wrote, and where each word looks
 
 Tokens are numbers of words: PAD after the end, START, the words, END. A word that is not in the
 vocabulary is left out; a caption with more than 28 words is cut and has no end.
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from common.runtime import UserError, World
+from common.runtime import UserError, World, save_json
 
 PAD, START, END = 0, 1, 2
 LENGTH = 30
@@ -37,13 +38,13 @@ def vocabulary(captions: Sequence[Sequence[str]], size: int = 10_000) -> list[st
     return ["[PAD]", "[START]", "[END]", *most[:size - 3]]
 
 
-def read_vocabulary(path: str | Path | None, count: int) -> list[str]:
-    """The first column of a file of `count` lines (SentencePiece's .vocab); raises `UserError`.
+def numbers(count: int) -> list[str]:
+    """A vocabulary for want of one: each word is its number."""
+    return [str(i) for i in range(count)]
 
-    Without a file, words are their numbers.
-    """
-    if path is None:
-        return [str(i) for i in range(count)]
+
+def read_vocabulary(path: str | Path, count: int) -> list[str]:
+    """The first column of a file of `count` lines (SentencePiece's .vocab); raises `UserError`."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -52,6 +53,12 @@ def read_vocabulary(path: str | Path | None, count: int) -> list[str]:
         raise UserError(f"{path} has {len(lines)} lines, but the captioner knows {count} words; "
                         "give the vocabulary that it was trained with")
     return [line.split("\t")[0] for line in lines]
+
+
+def whole(words: list[str]) -> bool:
+    """Are these whole words, made by `vocabulary`? Else they are SentencePiece's pieces or numbers.
+    """
+    return words[START] == "[START]"
 
 
 def tokenise(captions: Sequence[Sequence[str]], words: list[str]) -> tuple[Tensor, Tensor]:
@@ -65,9 +72,21 @@ def tokenise(captions: Sequence[Sequence[str]], words: list[str]) -> tuple[Tenso
     return tokens, torch.tensor([len(texts) for texts in captions])
 
 
-def to_words(tokens: Tensor, words: list[str]) -> list[str]:
-    """Tokens [T] -> the words among them."""
-    return [words[token] for token in tokens.tolist() if token > END]
+def spoken(tokens: Tensor, maps: Tensor, words: list[str]) -> tuple[list[str], Tensor]:
+    """Tokens [T] and their maps [T, h, w] -> the words among them, and the map of each.
+
+    Of SentencePiece's pieces "▁" starts a word: a word is joined, its pieces' maps are added.
+    """
+    pieces = any(word.startswith("▁") for word in words)
+    said, looks = [], []
+    for token, look in zip(tokens.tolist(), maps):
+        if token > END and pieces and said and not words[token].startswith("▁"):
+            said[-1] += words[token]
+            looks[-1] = looks[-1] + look
+        elif token > END:
+            said.append(words[token].removeprefix("▁"))
+            looks.append(look)
+    return said, torch.stack(looks) if looks else maps[:0]
 
 
 def mirrored(words: list[str]) -> Tensor:
@@ -93,15 +112,17 @@ class Overheard(Dataset):
 
 
 class Scores:
-    """Sums over the captions written for a data set; `means` explains its numbers."""
+    """The captions written for a data set, by name in `texts`; `means` explains its numbers."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.sums = dataset, Counter()
+        self.dataset, self.sums, self.texts = dataset, Counter(), {}
 
     def add(self, sample: dict, said: list[str], maps: Tensor) -> None:
-        """The words written for a sample, and the map of each [>= words, h, w]."""
-        known = {word for text in sample["caption"] or [] for word in split(text)}
-        self.sums.update(words=len(said), said=sum(word in known for word in said))
+        """The words written for a sample, and the map of each [words, h, w]."""
+        self.texts[sample["name"]] = said
+        if sample["caption"]:
+            known = {word for text in sample["caption"] for word in split(text)}
+            self.sums.update(words=len(said), said=sum(word in known for word in said))
         if hasattr(self.dataset, "objects"):
             objects = self.dataset.objects(self.dataset.names.index(sample["name"]))
             for j, word in enumerate(said):
@@ -122,8 +143,10 @@ class Scores:
         self.sums.update(next=int(right.sum()), tokens=len(right))
 
     def merge(self, world: World) -> None:
-        """Add up the sums of all processes."""
+        """Add up the sums and captions of all processes."""
         self.sums = sum(world.gather(self.sums), Counter())
+        self.texts = {name: said for texts in world.gather(self.texts)
+                      for name, said in texts.items()}
 
     def means(self) -> dict[str, float]:
         """Those of the following that the data set allows.
@@ -139,15 +162,22 @@ class Scores:
                  ("area", "true"))
         return {a: self.sums[a] / self.sums[b] for a, b in pairs if self.sums[b]}
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {value:.3f}" for name, value in self.means().items())
+    def report(self, folder: Path) -> None:
+        """Print the means and five captions; write <folder>/captions-<set>.json."""
+        means = self.means()
+        print(f"captions of {self.dataset.title}: "
+              + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
+        for name in list(self.texts)[:5]:
+            print(f"    {name}: {' '.join(self.texts[name])}")
+        save_json(folder / f"captions-{self.dataset.title}.json",
+                  {"scores": means, "captions": self.texts})
 
 
 def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int = 160) -> Tensor:
     """A strip: pictures [C, S, S] in [0, 1], and the first again for each word, bright where its
-    map looks; maps [>= words, h, w]. uint8 [side + 16, side * n, 3]"""
+    map looks; maps [words, h, w]. uint8 [side + 16, side * n, 3]"""
     cells = [TF.resize(p.cpu(), [side, side]).expand(3, -1, -1) for p in pictures]
-    for m in maps[:len(said)].cpu().float():
+    for m in maps.cpu().float():
         m = m / m.max().clamp(min=1e-9)
         heat = F.interpolate(m[None, None], (side, side), mode="bilinear",
                              align_corners=False)[0]

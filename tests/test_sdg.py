@@ -10,6 +10,7 @@ import sdg_sod
 from common import bank, captions
 from common.backbones import backbone
 from common.captions import END, PAD, START
+from common.rivals import Affinity, ContextDecoder
 from common.runtime import UserError, World
 from common.shapes import NAMED, Shapes
 
@@ -74,7 +75,7 @@ def test_drop_path_grows_over_the_blocks():
 def test_every_decoder_gives_one_map_and_uses_what_it_should(kind, features):
     torch.manual_seed(0)
     decoder = sdg_sod.MLPDecoder(CHANNELS, 16, kind == "literal") if kind in ("mlp", "literal") \
-        else sdg_sod.ContextDecoder(kind, CHANNELS, 16)
+        else ContextDecoder(kind, CHANNELS, 16)
     inputs = [f.clone().requires_grad_() for f in features]
     out = decoder(inputs)
     expected = {"mlp": (32, 40), "literal": (32, 40), "ann": (4, 5)}.get(kind, (16, 20))
@@ -88,7 +89,7 @@ def test_every_decoder_gives_one_map_and_uses_what_it_should(kind, features):
 @torch.no_grad()
 def test_affinity_equals_a_loop_over_pixels():
     torch.manual_seed(0)
-    module, x = sdg_sod.Affinity(6, 4, 2).eval(), torch.randn(1, 6, 4, 4)
+    module, x = Affinity(6, 4, 2).eval(), torch.randn(1, 6, 4, 4)
     regions = module.region(F.adaptive_avg_pool2d(x, 2)).flatten(2)[0]   # [4, 4]
     y = module.reduce(x)
     w = module.weigh(y + y.mean((2, 3), keepdim=True))[0]                # [4 regions, 4, 4]
@@ -300,7 +301,11 @@ def test_vocabulary_and_tokens():
     tokens, counts = captions.tokenise(texts, words)
     assert tokens[0, 0, :7].tolist() == [START, 3, 4, 5, 3, END, PAD]    # unknown words: left out
     assert counts.tolist() == [2, 1] and tokens.shape == (2, 2, 30)
-    assert captions.to_words(tokens[0, 0], words) == ["a", "red", "star", "a"]
+    maps = torch.rand(30, 7, 7)
+    said, looks = captions.spoken(tokens[0, 0], maps, words)
+    assert said == ["a", "red", "star", "a"] and torch.equal(looks, maps[1:5])
+    said, looks = captions.spoken(tokens[0, 1, 4:], maps, words)         # nothing but padding
+    assert said == [] and looks.shape == (0, 7, 7)
     long = captions.tokenise([["a " * 40]], words)[0][0, 0]
     assert long[0] == START and (long[1:] == 3).all()        # cut, without an end
 
@@ -308,7 +313,7 @@ def test_vocabulary_and_tokens():
 def test_a_mirrored_photo_s_words():
     mirror = captions.mirrored(WORDS)
     words = torch.tensor([WORDS.index(w) for w in "a star left of a disc".split()])
-    assert captions.to_words(mirror[words], WORDS) == "a star right of a disc".split()
+    assert [WORDS[word] for word in mirror[words]] == "a star right of a disc".split()
     assert torch.equal(mirror[mirror], torch.arange(len(WORDS)))
 
 
@@ -327,6 +332,9 @@ def test_scores_of_captions_by_hand():
                                             "inside": 1, "area": mask.float().mean().item()})
     scores.merge(World())
     assert scores.means()["said"] == 3 / 5
+    silent = captions.Scores(data)                           # nobody has described this photo
+    silent.add({**sample, "caption": None}, ["a", wrong], maps)
+    assert "said" not in silent.means() and silent.means()["true"] == 0
 
 
 def test_named_shapes_mention_and_mask_some_among_equals():
@@ -353,6 +361,18 @@ def test_named_shapes_mention_and_mask_some_among_equals():
 def test_a_vocabulary_of_another_length_is_refused(tmp_path):
     (tmp_path / "v.vocab").write_text("one\t0\ntwo\t-1\n")
     assert captions.read_vocabulary(tmp_path / "v.vocab", 2) == ["one", "two"]
-    assert captions.read_vocabulary(None, 2) == ["0", "1"]
+    assert captions.numbers(2) == ["0", "1"]
     with pytest.raises(UserError, match="has 2 lines, but the captioner knows 3 words"):
         captions.read_vocabulary(tmp_path / "v.vocab", 3)
+
+
+def test_pieces_are_joined_to_words_and_their_maps_added():
+    pieces = ["<unk>", "[SOS]", "[EOS]", "\u2581um", "br", "ella", "\u2581a", "s"]
+    tokens, maps = torch.tensor([6, 3, 4, 5, 6, 7, END, END]), torch.rand(8, 7, 7)
+    said, looks = captions.spoken(tokens, maps, pieces)
+    assert said == ["a", "umbrella", "as"]
+    assert torch.allclose(looks, torch.stack([maps[0], maps[1:4].sum(0), maps[4:6].sum(0)]))
+    assert captions.spoken(tokens[2:], maps, pieces)[0] == ["brella", "as"]  # no start: a word yet
+    assert captions.spoken(torch.tensor([3, 4]), maps, captions.numbers(8))[0] == ["3", "4"]
+    assert captions.whole(WORDS) and not captions.whole(pieces)
+    assert not captions.whole(captions.numbers(8))

@@ -183,7 +183,8 @@ def virtex(tmp_path_factory):
     """Our captioner with the recipe's weights, from a file of VirTex's form; and its grid."""
     path = tmp_path_factory.mktemp("virtex") / "model.pth"
     torch.save({"model": official(NAME), "iteration": 500000}, path)
-    args = sdg_sod.build_parser().parse_args(["--released", "--vocabulary", str(path) + ".vocab"])
+    args = sdg_sod.build_parser().parse_args(["--released", "--beam", "5", "--vocabulary",
+                                              str(path) + ".vocab"])
     lines = "\n".join(f"\u2581piece{i}\t{-i}" for i in range(10_000))
     (path.parent / "model.pth.vocab").write_text(lines, encoding="utf-8")
     net = sdg_sod.load_captioner(path, args).eval()
