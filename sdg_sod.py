@@ -96,7 +96,7 @@ STAGES = ("sod", "caption", "control", "guide")
 PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
          "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "taps": 1, "freeze": False,
          "beam": 5, "captions": "COCO-captions"}
-SHAPES = {"epochs": (20, 20, 6, 6), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
+SHAPES = {"epochs": (20, 40, 6, 6), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
           "encoder": "mit_tiny", "backbone": "tiny", "hidden": 256, "taps": 4, "freeze": True,
           "beam": 5, "captions": None}
 PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S",  # Table 1
@@ -901,7 +901,7 @@ def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
         net = make_net(stage, args, captioner)
         runtime.load_state(net, saved["model"], path)
     fill_defaults(args)
-    harness.prepare(args, "sdg_sod")
+    harness.prepare(args, "sdg_sod", captions=True)
     return stage, net.to(args.device)
 
 
@@ -929,7 +929,7 @@ def main(argv: list[str] | None = None) -> None:
             predict_words(net, args)
         return
     fill_defaults(args)
-    harness.prepare(args, "sdg_sod")
+    harness.prepare(args, "sdg_sod", captions=True)
     small, results = args.data.startswith("shapes"), {}
     stages = (args.stage,) if args.stage else STAGES if small else ("sod", "caption", "guide")
     if not args.stage:  # what was given need not be trained
