@@ -66,7 +66,8 @@ def test_lists_of_stems_in_the_readme_are_in_the_repository():
              for name in lists}
     for name in lists:  # SET-train560.txt holds 560 stems, and none of SET-test140.txt
         assert len(stems[name]) == int(re.search(r"(\d+)\.txt", name)[1])
-        assert not [other for other in lists - {name} if stems[other] & stems[name]]
+        assert "test" not in name or not [other for other in lists - {name}
+                                          if stems[other] & stems[name]]
 
 
 def test_ci_runs_the_commands_of_the_readme():
