@@ -98,16 +98,20 @@ def test_shares_of_a_world_are_disjoint_and_complete():
 STATISTICS = """
 import torch
 from common import runtime
-world = runtime.join_world(torch.device("cpu"))
-norm = torch.nn.BatchNorm2d(1)
-net = world.parallel(torch.nn.Sequential(norm))
-for _ in range(60):  # process 0 sees 0, process 1 sees 10
-    net(torch.full((2, 1, 2, 2), 10.0 * world.rank)).sum().backward()
-own = norm.running_mean.item()
-world.average_statistics(net)
-values = world.gather((own, norm.running_mean.item()))
-if world.main:
-    print(values)
+
+def main():
+    world = runtime.join_world(torch.device("cpu"))
+    norm = torch.nn.BatchNorm2d(1)
+    net = world.parallel(torch.nn.Sequential(norm))
+    for _ in range(60):  # process 0 sees 0, process 1 sees 10
+        net(torch.full((2, 1, 2, 2), 10.0 * world.rank)).sum().backward()
+    own = norm.running_mean.item()
+    world.average_statistics(net)
+    values = world.gather((own, norm.running_mean.item()))
+    if world.main:
+        print(values)
+
+runtime.cli(main)  # leaves the group, without which a process may abort at its end
 """
 
 

@@ -377,7 +377,7 @@ def checked(stage, args):
 sdg_sod.train = checked
 if "--crop" in sys.argv:
     sdg_sod.Block.drop_path = lambda self, x: x
-sdg_sod.main()
+sdg_sod.runtime.cli(sdg_sod.main)  # leaves the group, without which a process may abort at its end
 """
 
 
