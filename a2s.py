@@ -109,10 +109,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
     if not 0 <= args.drop < 1:
         raise UserError(f"--drop {args.drop} is not a share of pixels from 0 to less than 1")
-    small = args.data.startswith("shapes")
-    for name, value in (SHAPES if small else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    small = harness.use_preset(args, PAPER, SHAPES)
     # one number on the command line serves both stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v, v) for v in (args.epochs, args.lr))
     args.bn = args.bn or ("batch" if args.released else "stored")        # D7
@@ -506,8 +503,7 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
                  "unary", "data")
         saved = harness.restore(path, "a2s", args, names, ("size", "sxy", "srgb"))
         stage, state = saved["stage"], saved["model"]
-        folder = path.parent  # of a copied checkpoint, else <run>/stage1 or <run>/stage2
-        args.out = args.out or (folder.parent if folder.name.startswith("stage") else folder)
+        args.out = args.out or harness.run_of(path, ("stage1", "stage2"))
     fill_defaults(args)
     harness.prepare(args, "a2s")
     net = make_net(stage, args, "none")

@@ -66,7 +66,7 @@ from torch import Tensor, nn
 
 from common import harness, runtime
 from common.backbones import backbone
-from common.bank import Bank, batches, epoch_order
+from common.bank import Bank, batches, crop, draw_crops, epoch_order
 from common.datasets import open_set
 from common.runtime import UserError, autocast, generator, progress
 
@@ -109,12 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
-    small = args.data.startswith("shapes")
     if args.size is not None and args.size < 64:
         raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 64")
-    for name, value in (SHAPES if small else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    small = harness.use_preset(args, PAPER, SHAPES)
     usual = "shapes" if args.backbone == "tiny" else "imagenet"
     args.backbone_weights = args.backbone_weights or usual
     args.region = args.region or ("released" if args.released else "paper")
@@ -321,18 +318,6 @@ def rate(epoch: int, epochs: int, highest: float) -> float:
     return highest * (1 - abs(2 * epoch / (epochs + 1) - 1))
 
 
-def crop_and_scale(x: Tensor, side: int, cut: Tensor, offset: Tensor) -> Tensor:
-    """Crop and rescale: [B, C, H, W] -> [B, C, side, side], bilinear.
-
-    cut, offset [B, 2]: share of height and width that is cut away, and how much of it at the start.
-    """
-    keep = 1 - cut
-    theta = torch.diag_embed(keep.flip(1))                               # x before y
-    theta = torch.cat([theta, (2 * offset + keep - 1).flip(1)[..., None]], 2)  # [B, 2, 3]
-    grid = F.affine_grid(theta, [*x.shape[:2], side, side], align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
 def train(args: argparse.Namespace) -> CLASSNet:
     """Train from the backbone's weights or, with --resume, from last.pt."""
     world, folder = args.world, args.out
@@ -381,13 +366,11 @@ def train_epoch(net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank, ep
                                 len(order) // batch):
         # every process draws for the whole batch, so that their number changes nothing
         scale = SCALES[torch.randint(len(SCALES), (), generator=draw)]
-        cut = torch.rand(batch, 2, generator=draw) / 8 * ("crop" in args.augment)
-        offset = torch.rand(batch, 2, generator=draw) * cut
+        box = draw_crops(batch, 0.125 * ("crop" in args.augment), draw)[mine]
         side = round(args.size * scale / 88) * 8 if "scale" in args.augment else args.size
-        place = (part[mine].to(args.device, non_blocking=True) for part in (cut, offset))
         flip = flip & ("flip" in args.augment)
         both = torch.cat([bank.images(index, flip), bank.masks(index, flip)], 1)
-        image, g = crop_and_scale(both, side, *place).split((3, 1), 1)
+        image, g = crop(both, box, side).split((3, 1), 1)
         with autocast(args.device, args.amp):
             logits = net(image.contiguous(memory_format=torch.channels_last))
         loss, terms = supervise(logits, g, args.losses, args.region)

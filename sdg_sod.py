@@ -160,10 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
-    small = args.data.startswith("shapes")
-    for name, value in (SHAPES if small else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    small = harness.use_preset(args, PAPER, SHAPES)
     # one number on the command line serves all stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v,) * 4 for v in (args.epochs, args.lr))
     args.captions = args.captions or args.data
@@ -882,7 +879,8 @@ def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
     """Stage and network of one of our checkpoints, or of VirTex's."""
     saved = runtime.torch_load(path)
     ours = "method" in saved
-    args.out = args.out or (path.parent.parent if ours else Path("runs", "sdg_sod-released"))
+    args.out = args.out or (harness.run_of(path, STAGES) if ours else
+                            Path("runs", "sdg_sod-released"))
     if not ours or saved["stage"] == "caption":
         was = saved["args"] if ours else {"data": "DUTS-TR", "size": GRID, "beam": PAPER["beam"],
                                           "released": args.released}

@@ -122,10 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
-    small = args.data.startswith("shapes")
-    for name, value in (SHAPES if small else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    small = harness.use_preset(args, PAPER, SHAPES)
     # one number on the command line serves both stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v, v) for v in (args.epochs, args.lr))
     args.threshold = args.threshold or "otsu"
@@ -669,7 +666,7 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
     else:
         saved = harness.restore(path, METHOD, args, FIXED, FREE)
         stage, state = saved["stage"], saved["model"]
-        args.out = args.out or path.parent.parent
+        args.out = args.out or harness.run_of(path, ("stage1", "stage2"))
     fill_defaults(args)
     harness.prepare(args, METHOD)
     net = make_net(stage, args, "none", any(key.startswith("adapter.") for key in state))

@@ -154,14 +154,14 @@ def draw_crops(count: int, share: float, random: torch.Generator) -> torch.Tenso
     return torch.cat([start, start + 1 - cut], 1)
 
 
-def crop(x: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
-    """What lies in the boxes [B, 4] (see `draw_crops`; on the CPU) of [B, C, h, w], enlarged to
-    h x w."""
+def crop(x: torch.Tensor, box: torch.Tensor, side: int | None = None) -> torch.Tensor:
+    """What lies in the boxes [B, 4] (see `draw_crops`; on the CPU) of [B, C, h, w], bilinear, at
+    h x w, or at side x side."""
     h, w = x.shape[2:]
     rows = torch.arange(len(box))[:, None]
     rois = torch.cat([rows, box * torch.tensor([w, h, w, h])], 1)        # [B, 5]
-    return roi_align(x, rois.to(x.device, non_blocking=True), (h, w), sampling_ratio=1,
-                     aligned=True)
+    return roi_align(x, rois.to(x.device, non_blocking=True), (side or h, side or w),
+                     sampling_ratio=1, aligned=True)
 
 
 def epoch_order(count: int, batch: int, seed: int, epoch: int,

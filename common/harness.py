@@ -74,6 +74,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(pairs=False)  # True: the networks see a photo and its modality, `stack`
 
 
+def use_preset(args: argparse.Namespace, paper: dict, shapes: dict) -> bool:
+    """Replace every None that is named there by the paper's value, or on the built-in shapes by the
+    small preset's. -> True on shapes"""
+    small = args.data.startswith("shapes")
+    for name, value in (shapes if small else paper).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return small
+
+
 def prepare(args: argparse.Namespace, method: str, captions: bool = False) -> None:
     """Resolve the device, join torchrun's processes, choose the run folder; print the choices.
 
@@ -107,6 +117,12 @@ def run_folder(args: argparse.Namespace, method: str) -> Path:
     """--out, or runs/<method>-<data>."""
     data = re.sub("[^A-Za-z0-9_.+-]+", "-", args.data).strip("-")
     return args.out or Path("runs", f"{method}-{data}")
+
+
+def run_of(checkpoint: Path, stages: Sequence[str]) -> Path:
+    """The run folder of <run>/<stage>/last.pt; of a checkpoint copied elsewhere its own folder."""
+    folder = checkpoint.parent
+    return folder.parent if folder.name in stages else folder
 
 
 def present(names: list[str], root: str) -> list[str]:

@@ -10,6 +10,7 @@ import class_net
 import recipe
 from common import harness
 from common.backbones import backbone
+from common.bank import crop
 from common.runtime import UserError, load_state, save_checkpoint
 
 
@@ -244,20 +245,19 @@ def test_the_rate_rises_and_falls_in_a_straight_line():
     assert rates[0] == pytest.approx(0.05 * 2 / 101) and rates[1] == pytest.approx(0.05 * 100 / 101)
 
 
-def test_crop_and_scale_without_cut_is_plain_rescaling():
+def test_crop_without_cut_is_plain_rescaling():
     x = torch.rand(2, 4, 40, 40)
-    none = torch.zeros(2, 2)
-    assert torch.allclose(class_net.crop_and_scale(x, 40, none, none), x, atol=1e-5)
+    whole = torch.tensor([[0.0, 0, 1, 1]]).expand(2, 4)
+    assert torch.allclose(crop(x, whole, 40), x, atol=1e-5)
     want = F.interpolate(x, (24, 24), mode="bilinear", align_corners=False)
-    assert torch.allclose(class_net.crop_and_scale(x, 24, none, none), want, atol=1e-4)
+    assert torch.allclose(crop(x, whole, 24), want, atol=1e-4)
 
 
-def test_crop_and_scale_cuts_where_it_is_told_to():
+def test_crop_cuts_where_it_is_told_to():
     """A quarter of the height and none of the width, all of it at the top: rows 10 to 39."""
     x = torch.arange(40.0).view(1, 1, 40, 1).expand(1, 1, 40, 40)
-    cut = torch.tensor([[0.25, 0.0]])
-    for offset, first in ((cut, 10), (torch.zeros(1, 2), 0)):
-        rows = class_net.crop_and_scale(x, 30, cut, offset)[0, 0]
+    for top, first in ((0.25, 10), (0, 0)):
+        rows = crop(x, torch.tensor([[0, top, 1, top + 0.75]]), 30)[0, 0]
         assert torch.allclose(rows, torch.arange(first, first + 30.0)[:, None].expand(30, 30),
                               atol=1e-4)
 

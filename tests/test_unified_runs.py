@@ -341,6 +341,11 @@ def test_sets_that_cannot_be_scored_are_refused_before_training(tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_s_run_is_above_its_stage_or_where_it_was_copied_to():
+    for path, run in (("run/stage1/last.pt", "run"), ("mine/net.pt", "mine")):
+        assert usod.harness.run_of(Path(path), ("stage1", "stage2")) == Path(run)
+
+
 def test_weights_with_nothing_to_do_are_refused():
     args = usod.build_parser().parse_args(["--weights", "last.pt", "--batch-size", "1"])
     args.eval = []                                                        # as of a run on photos
