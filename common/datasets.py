@@ -54,7 +54,9 @@ def read(path: str | Path) -> Image.Image:
     """Decode a picture and turn it as its EXIF tag says; raises `UserError`."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except Exception as error:  # broken files make Pillow raise errors of many kinds
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read {path} ({reason}); fetch it again or remove it") from None
@@ -70,7 +72,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 def load_grey(path: str | Path) -> Image.Image:
     """A picture of any mode as 8-bit grey, mode "L"; raises `UserError`."""
-    return eight_bits(read(path)).convert("L")
+    image = eight_bits(read(path))
+    return image if image.mode == "L" else image.convert("L")
 
 
 def load_image(path: str | Path) -> torch.Tensor:

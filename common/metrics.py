@@ -39,6 +39,7 @@ level equal to the adaptive threshold is above it, E of a single pixel is divide
 import argparse
 import csv
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,18 +74,18 @@ def count(pred: Tensor, gt: Tensor) -> Tensor:
     foreground), grey level. The four blocks meet at the foreground's centre of mass.
     """
     b, h, w = pred.shape
+    kind = torch.int16 if b <= 16 else torch.int32                     # 2048 numbers per image
     y, x = torch.arange(h, device=gt.device), torch.arange(w, device=gt.device)
-    in_row, in_col = gt.sum(2), gt.sum(1)                              # [B, H], [B, W]
-    n_fg = in_row.sum(1).clamp(min=1).cpu().double()
-    # The top left block includes the centre, hence + 1. Halves are rounded to even numbers.
-    top = ((in_row * y).sum(1).cpu() / n_fg).round() + 1               # [B]
-    left = ((in_col * x).sum(1).cpu() / n_fg).round() + 1
-    bottom = (y >= top.to(y)[:, None]).int()                           # [B, H]
-    right = (x >= left.to(x)[:, None]).int()                           # [B, W]
-    image = torch.arange(b, device=gt.device, dtype=torch.int32)[:, None]
-    key = pred.int() + (gt.int() << 8)                                 # [B, H, W]
-    key += ((image << 11) + (bottom << 10))[:, :, None]
-    key += (right << 9)[:, None, :]
+    in_row, in_col = gt.sum(2, dtype=torch.int32), gt.sum(1, dtype=torch.int32)    # [B, H], [B, W]
+    n_fg = in_row.sum(1, keepdim=True).clamp(min=1).cpu().double()     # [B, 1]
+    # The top left block includes the centre. Halves are rounded to even numbers.
+    cy = ((in_row * y).sum(1, keepdim=True).cpu() / n_fg).round().to(y)
+    cx = ((in_col * x).sum(1, keepdim=True).cpu() / n_fg).round().to(x)
+    image = torch.arange(b, device=gt.device, dtype=kind)[:, None]
+    key = gt.to(kind)                                                  # [B, H, W]
+    key += ((image << 3) + ((y > cy).to(kind) << 2))[:, :, None]
+    key += ((x > cx).to(kind) << 1)[:, None, :]
+    key = (key << 8).add_(pred)
     return torch.bincount(key.flatten(), minlength=b << 11).view(b, 4, 2, 256).int().cpu()
 
 
@@ -214,7 +215,8 @@ class Metrics:
 
     def __init__(self, wf: bool = True, stretch: bool = True):
         self.wf, self.stretch = wf, stretch
-        self._counts: list[Tensor] = []                           # int32 [b, 4, 2, 256]
+        # numpy, for a tensor that is sent to another process costs an open file
+        self._counts: list[np.ndarray] = []                       # int32 [b, 4, 2, 256]
         self._wf: list[float] = []
 
     def add(self, pred: Tensor, gt: Tensor) -> None:
@@ -230,7 +232,7 @@ class Metrics:
         pred, gt = (x.reshape(-1, *x.shape[-2:]) for x in (pred, gt))
         size = 1 if pred.device.type == "cpu" else len(pred)      # one image fits the CPU's cache
         counts = torch.cat([count(p, g) for p, g in zip(pred.split(size), gt.split(size))])
-        self._counts.append(counts)
+        self._counts.append(counts.numpy())
         if self.wf:
             levels = [level.tolist() for level in value_range(counts, self.stretch)]
             self._wf += [weighted_f(*one) for one in zip(pred.cpu(), gt.cpu(), *levels)]
@@ -249,7 +251,8 @@ class Metrics:
         """`score_images` of everything, and wF."""
         if not self._counts:
             raise UserError("there is no pair of map and mask to score")
-        parts = [score_images(part, self.stretch) for part in torch.cat(self._counts).split(256)]
+        counts = torch.from_numpy(np.concatenate(self._counts))
+        parts = [score_images(part, self.stretch) for part in counts.split(256)]
         images = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if self.wf:
             images["wF"] = torch.tensor(self._wf, dtype=torch.float64)
@@ -313,6 +316,28 @@ def find_images(folder: str | Path) -> dict[str, Path]:
     return by_name(rows)
 
 
+def score_files(pair: tuple[Path, Path], wf: bool, stretch: bool, gt_rule: str, resize: str,
+                empty: str) -> tuple[Metrics | None, dict[str, str]]:
+    """Metrics of one map and mask (None if they are not scored), and {problem: what it is}."""
+    try:
+        grey, mask = (load_grey(path) for path in pair)
+    except UserError as error:
+        return None, {"unreadable": str(error)}
+    levels, size = np.asarray(mask), mask.size
+    inside = torch.from_numpy(levels > (128 if gt_rule == "128" else levels.max() / 2))
+    low, high = grey.getextrema()
+    found = {"resized": grey.size != size, "empty mask": not inside.any(),
+             "constant map": low == high}
+    notes = {problem: "" for problem, holds in found.items() if holds}
+    if empty == "skip" and "empty mask" in notes:
+        return None, notes
+    if grey.size != size:
+        grey = grey.resize(size, Image.Resampling[resize.upper()])
+    metrics = Metrics(wf, stretch)
+    metrics.add(torch.from_numpy(np.array(grey)), inside)
+    return metrics, notes
+
+
 def evaluate_folders(pred: str | Path, gt: str | Path, wf: bool = True, stretch: bool = True,
                      gt_rule: str = "128", resize: str = "bilinear", empty: str = "keep",
                      ) -> tuple[Metrics, list[str], dict[str, list[str]]]:
@@ -329,33 +354,16 @@ def evaluate_folders(pred: str | Path, gt: str | Path, wf: bool = True, stretch:
     report = {"missing": sorted(masks.keys() - maps.keys()), "unreadable": [],
               "extra": sorted(maps.keys() - masks.keys()), "resized": [], "empty mask": [],
               "constant map": []}
-
-    def score(name: str) -> tuple[Metrics | None, dict[str, str]]:
-        try:
-            grey, mask = load_grey(maps[name]), np.array(load_grey(masks[name]))
-        except UserError as error:
-            return None, {"unreadable": str(error)}
-        inside = torch.from_numpy(mask > (128 if gt_rule == "128" else mask.max() / 2))
-        low, high = grey.getextrema()
-        size = mask.shape[::-1]
-        found = (("resized", grey.size != size), ("empty mask", not inside.any()),
-                 ("constant map", low == high))
-        notes = {problem: name for problem, holds in found if holds}
-        if empty == "skip" and "empty mask" in notes:
-            return None, notes
-        if grey.size != size:
-            grey = grey.resize(size, Image.Resampling[resize.upper()])
-        metrics = Metrics(wf, stretch)
-        metrics.add(torch.from_numpy(np.array(grey)), inside)
-        return metrics, notes
-
     total, scored, threads = Metrics(wf, stretch), [], torch.get_num_threads()
     torch.set_num_threads(1)                  # one image per core beats all cores on one image
     try:
-        results = progress(parallel_map(score, names), str(pred), len(names))
+        score = partial(score_files, wf=wf, stretch=stretch, gt_rule=gt_rule, resize=resize,
+                        empty=empty)
+        pairs = [(maps[name], masks[name]) for name in names]
+        results = progress(parallel_map(score, pairs, processes=True), str(pred), len(names))
         for name, (metrics, notes) in zip(names, results):
             for problem, text in notes.items():
-                report[problem].append(text)
+                report[problem].append(text or name)
             if metrics:
                 total.merge(metrics)
                 scored.append(name)

@@ -10,13 +10,14 @@ Nothing here knows a method. Three rules hold everywhere:
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,19 @@ def progress(items: Iterable, text: str, total: int | None = None) -> Iterator:
         print("\r" * live + f"{text}: {total} in {time.time() - start:.1f} s", file=sys.stderr)
 
 
-def parallel_map(function: Callable, items: Iterable) -> Iterator:
-    """`map` on threads, results in order. Decoding and resizing release the interpreter lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(function, items)
+def parallel_map(function: Callable, items: Iterable, processes: bool = False) -> Iterator:
+    """`map` on all cores, results in order.
+
+    Threads do where decoding and resizing take the time, for these release the interpreter lock.
+    Many small steps hold it: for them `processes` asks for forked processes, used where forking is
+    safe (Linux); `function`, its items and its results must then be picklable.
+    """
+    if processes and sys.platform == "linux":
+        pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"))
+    else:
+        pool = ThreadPoolExecutor(os.cpu_count())
+    with pool:
+        yield from pool.map(function, items, chunksize=8)
 
 
 # ---- Device, precision, randomness -----------------------------------------------------------

@@ -1,12 +1,14 @@
 """Time of the metrics per image, beside PySODMetrics if it is installed, else beside plain code.
 
-    python tests/benchmarks/bench_metrics.py [--folders PRED GT] [--images 24] [--rounds 3]
+    python tests/benchmarks/bench_metrics.py [--folders PRED GT] [--images 96] [--rounds 3]
 
 Without folders the pairs are generated: an ellipse as mask, a shifted, soft, noisy ellipse as map.
-Both sides get every image in turn (interleaved, so that a busy machine slows both); an entry is
-the median over images of the best of the rounds, on one CPU thread. Our scores of all images come
-at the end from the counts and have a line of their own. Then folders of files are scored on all
-cores, and the counting of a batch is timed on the CPU and on CUDA.
+In each round the one side scores all images, then the other, so that a busy machine slows both; an
+entry is the median over images of the best of the rounds, on one CPU thread. From files, both sides
+decode with the same function, which has a line of its own: no ratio can exceed (reference + that) /
+that. Our scores of all images come at the end from the counts. Then whole folders (of five times as
+many generated pairs) are scored by one process and by one per core, starting them included, and the
+counting of a batch is timed on the CPU and on CUDA.
 """
 import argparse
 import contextlib
@@ -25,7 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.datasets import load_grey
-from common.metrics import Metrics, evaluate_folders, find_images
+from common.metrics import Metrics, evaluate_folders, find_images, score_files
 from common.weighted_f import weighted_f
 
 try:
@@ -75,17 +77,14 @@ def plain(pred: np.ndarray, gt: np.ndarray, names: str) -> None:
 
 def interleaved(functions: list, items: list, rounds: int) -> list[float]:
     """Median over items of the best time of each function, in milliseconds."""
-    best = [[] for _ in functions]
-    for item in items:
-        times = [[] for _ in functions]
-        for _ in range(rounds):
-            for function, spent in zip(functions, times):
+    best = np.full((len(functions), len(items)), np.inf)
+    for _ in range(rounds):
+        for mine, function in zip(best, functions):
+            for i, item in enumerate(items):
                 start = time.perf_counter()
                 function(*item)
-                spent.append(time.perf_counter() - start)
-        for mine, spent in zip(best, times):
-            mine.append(min(spent))
-    return [1000 * statistics.median(times) for times in best]
+                mine[i] = min(mine[i], time.perf_counter() - start)
+    return (1000 * np.median(best, 1)).tolist()
 
 
 def row(name: str, reference: float | None, mine: float) -> None:
@@ -97,7 +96,7 @@ def row(name: str, reference: float | None, mine: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folders", nargs=2, type=Path, metavar=("PRED", "GT"))
-    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -105,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if not args.folders:
             args.folders = [Path(scratch) / name for name in ("pred", "gt")]
-            for i in range(args.images):
+            for i in range(5 * args.images):
                 for folder, pixels in zip(args.folders, generate(i)):
                     folder.mkdir(exist_ok=True)
                     Image.fromarray(pixels).save(folder / f"{i}.png")
@@ -115,16 +114,22 @@ def main() -> None:
 def run(pred: Path, gt: Path, images: int, rounds: int) -> None:
     """Print the table for pairs of files with equal stems."""
     maps, masks = find_images(pred), find_images(gt)
-    files = [(maps[name], masks[name]) for name in sorted(maps.keys() & masks.keys())[:images]]
+    everything = [(maps[name], masks[name]) for name in sorted(maps.keys() & masks.keys())]
+    files = everything[:images]
     pairs = [tuple(np.array(load_grey(path)) for path in pair) for pair in files]
     other, name = (pysod, "PySODMetrics") if py_sod_metrics else (plain, "plain code")
     print(f"{len(pairs)} pairs, the first {pairs[0][0].shape}, torch {torch.__version__}, "
           f"reference: {name}")
     print(f"{'milliseconds per image':44s} {'reference':>10} {'ours':>10}   ratio")
 
+    def decoding(*functions):
+        return [lambda p, g, f=f: f(np.array(load_grey(p)), np.array(load_grey(g)))
+                for f in functions]
+
     quick, slow = "MAE Fmeasure Emeasure Smeasure", "WeightedFmeasure"
     both = [lambda p, g: other(p, g, quick), lambda p, g: ours(p, g, False)]
     row("all but wF, in memory", *interleaved(both, pairs, rounds))
+    row("all but wF, from files", *interleaved(decoding(*both), files, rounds))
     if py_sod_metrics:
         both = [lambda p, g: other(p, g, slow), ours_wf]
         row("wF, in memory", *interleaved(both, pairs, rounds))
@@ -133,22 +138,24 @@ def run(pred: Path, gt: Path, images: int, rounds: int) -> None:
         row("wF of pure noise, in memory", *interleaved(both, noise, rounds))
         both = [lambda p, g: other(p, g, f"{quick} {slow}"), lambda p, g: ours(p, g, True)]
         row("all, in memory", *interleaved(both, pairs, rounds))
-        read = [lambda p, g, f=f: f(np.array(load_grey(p)), np.array(load_grey(g))) for f in both]
-        row("all, from files", *interleaved(read, files, rounds))
-        both = [lambda p, g: other(p, g, quick), lambda p, g: ours(p, g, False)]
-        read = [lambda p, g, f=f: f(np.array(load_grey(p)), np.array(load_grey(g))) for f in both]
-        row("all but wF, from files", *interleaved(read, files, rounds))
+        row("all, from files", *interleaved(decoding(*both), files, rounds))
+    row("decoding the two files", None, *interleaved(decoding(lambda p, g: None), files, rounds))
     metrics = Metrics(wf=False)
     for p, g in pairs:
         metrics.add(torch.from_numpy(p), torch.from_numpy(g > 128))
     spent = interleaved([metrics.scores], [()], rounds)[0] / len(pairs)
     row("scores from the counts, once per data set", None, spent)
     for wf in (True, False):
-        with contextlib.redirect_stderr(io.StringIO()):
-            start = time.perf_counter()
-            _, names, _ = evaluate_folders(pred, gt, wf=wf)
-            spent = 1000 * (time.perf_counter() - start) / len(names)
-        row(f"folder on {os.cpu_count()} cores{'' if wf else ', no wF'}, from files", None, spent)
+        def one():
+            for pair in everything:
+                score_files(pair, wf, True, "128", "bilinear", "keep")
+
+        def cores():
+            with contextlib.redirect_stderr(io.StringIO()):
+                evaluate_folders(pred, gt, wf)
+
+        spent = (ms / len(everything) for ms in interleaved([one, cores], [()], rounds))
+        row(f"folder, one core / {os.cpu_count()} cores{'' if wf else ', no wF'}", *spent)
 
     p, g = (torch.from_numpy(pairs[0][i])[None].repeat(32, 1, 1) for i in (0, 1))
     batch = {"cpu": (p, g > 128)}
