@@ -482,7 +482,7 @@ def forward(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
     return (out[0] if isinstance(out, list) else out).float()
 
 
-def evaluate(stage: int, net: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
+def evaluate(stage: int, net: nn.Module, args: argparse.Namespace) -> harness.Results:
     """Scores of every --eval set: of the detector, or of stage 1's activation and pseudo label."""
     folder = args.out / f"stage{stage}"
     if stage == 2:

@@ -851,7 +851,7 @@ def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
             scores.report(folder)
 
 
-def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> dict[str, dict]:
+def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> harness.Results:
     """Saliency scores of the --eval sets with masks; of stage caption `study` prints others."""
     args = judging(stage, args)
     if stage == "caption":

@@ -622,7 +622,7 @@ def forward(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
 
 
 def evaluate(stage: int, net: nn.Module, args: argparse.Namespace,
-             suffix: str = "") -> dict[str, dict]:
+             suffix: str = "") -> harness.Results:
     """Scores of every --eval set: of the detector, or of stage 1's cue and pseudo label."""
     folder, logit = args.out / f"stage{stage}", partial(forward, net, args=args)
     if stage == 2:
@@ -646,7 +646,7 @@ def open_base(args: argparse.Namespace) -> None:
     args.out = args.base / f"to-{Path(args.transfer).name}"
 
 
-def zero_shot(args: argparse.Namespace) -> dict[str, dict]:
+def zero_shot(args: argparse.Namespace) -> harness.Results:
     """Scores of the base's networks on the target's evaluation sets."""
     results = {}
     for stage in (1, 2):

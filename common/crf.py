@@ -89,9 +89,11 @@ def space_functions(height: int, width: int, sigma: float) -> tuple[Tensor, Tens
     axes = []
     for n in (height, width):
         # A Gaussian between any x and x' on an axis follows from those to nodes z close together:
-        # G(x, x') = G(x, z) G(z, z)^-1 G(z, x'), in short f f^T; this is Nystrom's method. The left
-        # singular vectors of f give the same with the fewest functions, and the singular values
-        # tell how much each one matters.
+        # G(x, x') = G(x, z) G(z, z)^-1 G(z, x'); this is Nystrom's method. With the Cholesky
+        # factor, G(z, z) = root root^T, it is f f^T for f = G(x, z) root^-T: a few numbers describe
+        # x, its likeness to each node less what the nodes before share. The left singular vectors
+        # of f give the same with the fewest functions, and the singular values tell how much each
+        # one matters.
         x = torch.arange(n, dtype=torch.float64)
         nodes = math.ceil((n - 1) / (0.7 * sigma)) + 1
         z = torch.linspace(0, n - 1, nodes, dtype=torch.float64)
@@ -137,6 +139,7 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     # (I + J) / 12, J all ones: 4/12 along grey, 1/12 across, so twice as wide along grey; hence the
     # stretch. This happens twice, on sending and on reading; C is made narrower by both, so that
     # the three together have the wanted width. Without this the error is many times larger.
+    # wanted: covariance of the colour Gaussian, in units of the grid; narrow: what is left for C.
     wanted = ((torch.eye(3) + (STRETCH - 1) / 3) / unit).matrix_power(2)
     narrow = wanted - (torch.eye(3) + 1) / 6
     radius = math.ceil(REACH * float(narrow.diagonal().max()) ** 0.5)
@@ -155,6 +158,8 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     offset = torch.cartesian_prod(*[torch.arange(-radius, radius + 1)] * 3)
     distance = (offset.float() @ narrow.inverse() * offset).sum(1)
     near = distance < REACH ** 2
+    # The root makes up for the smaller volume of the narrower Gaussian. A's division would cancel
+    # it, but `mean_field` relies on row sums of at least 1.
     value = torch.exp(-0.5 * distance[near]) * (wanted.det() / narrow.det()).sqrt()  # [O]
     steps = (offset[near].to(device) * axis).sum(1)  # [O]; CUDA has no product of integer matrices
     neighbour = table.take(used[:, None] + steps)  # [V, O]
@@ -341,8 +346,8 @@ def dense_crf(image: Tensor, prob: Tensor, sxy: float = 80.0, srgb: float = 13.0
     times as fast and suits the default sxy and srgb at 300 pixels and more; with srgb 5 keep 1.
     max_bytes: memory to work in, about. It sets how many functions of the place are in work at a
     time, and on CUDA how many images are refined together; on the CPU that gains nothing, so they
-    go one by one and no image can change another's last digit. It is no limit: a single large image
-    may need more (4,000 x 3,000 pixels take 6 GB).
+    go one by one and no image can change another's last digit. It is no limit: a single image of
+    more than 4,000 x 3,000 pixels needs more.
     A float image without a value above 1, unless it is black, is refined with a warning.
     Raises ValueError for a wrong shape or range, UserError on a device without sparse products.
     """

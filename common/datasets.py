@@ -27,7 +27,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,15 +141,22 @@ def role_of(folder: str) -> str | None:
     return ROLES.get(plain(folder)) or (ROLES.get(last) if len(last) > 1 else None)
 
 
+def pictures(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, names of its pictures), for `folder` and all below it that are not hidden."""
+    for base, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
+        yield Path(base), sorted(f for f in files
+                                 if f[0] != "." and f.lower().endswith(SUFFIXES))
+
+
 def scan(folder: Path, part: str = "") -> dict[str, list[Row]]:
     """All pictures below `folder` by role.
 
     part: only what lies below a sub-folder whose name starts like this ('480p', 'train').
     """
     found = defaultdict(list)
-    for base, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if f[0] != "." and f != "__MACOSX"]
-        steps = Path(base).relative_to(folder).parts
+    for base, files in pictures(folder):
+        steps = base.relative_to(folder).parts
         chosen = [bool(part) and plain(step).startswith(plain(part)) for step in steps]
         if part and not any(chosen):
             continue
@@ -158,8 +165,7 @@ def scan(folder: Path, part: str = "") -> dict[str, list[Row]]:
         rest = [i for i in range(len(steps)) if not roles[i] and not chosen[i]]
         above, below = [steps[i] for i in rest if i < first], [steps[i] for i in rest if i > first]
         found[next(filter(None, reversed(roles)), "other")] += [
-            (above, below, Path(base, f)) for f in files
-            if f[0] != "." and f.lower().endswith(SUFFIXES)]
+            (above, below, base / f) for f in files]
     photos = found["image"] = found["image"] or found["other"]
     if not found["mask"]:  # stem.jpg and stem.png side by side: the png is the mask
         stems = {file.with_suffix("") for *_, file in photos if file.suffix.lower() != ".png"}

@@ -19,9 +19,10 @@ from common import runtime
 from common.backbones import BACKBONES, PIXELS
 from common.bank import Bank, MapBank
 from common.crf import dense_crf, photo_sxy
+from common.curves import write_curves
 from common.datasets import MissingSet, load_image, open_set
 from common.metrics import Metrics, table, to_uint8
-from common.runtime import UserError, progress, save_json, save_png, write_atomic
+from common.runtime import UserError, progress, save_json, save_png, save_text
 
 
 # ---- Flags -----------------------------------------------------------------------------------
@@ -214,6 +215,7 @@ def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[s
 
 # ---- Evaluation ------------------------------------------------------------------------------
 Forward = Callable[[Tensor], Tensor]
+Results = dict[str, Metrics]              # by the title of a row of the table
 
 
 def stack(samples: list[dict], args: argparse.Namespace) -> Tensor:
@@ -256,10 +258,10 @@ def finish(logit: Tensor, sample: dict, crf: bool) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(forward: Forward, args: argparse.Namespace, folder: Path,
-             row: str = "") -> dict[str, dict]:
-    """Scores of every set in args.eval; maps go to <folder>/pred/<set><row>/<stem>.png.
+             row: str = "") -> Results:
+    """Metrics of every set in args.eval; maps go to <folder>/pred/<set><row>/<stem>.png.
 
-    Returns {"<set><row>": scores}; every process returns the scores of all processes' images.
+    Returns {"<set><row>": metrics}; every process returns those of all processes' images.
     """
     results = {}
     for spec in args.eval:
@@ -272,20 +274,20 @@ def evaluate(forward: Forward, args: argparse.Namespace, folder: Path,
                 pred = finish(logit, sample, args.crf)
                 save_png(folder / "pred" / title / f"{sample['name']}.png", pred)
                 metrics.add(pred, sample["mask"][0] > 127)
-        everyone = Metrics()
+        results[title] = Metrics()
         for part in args.world.gather(metrics):
-            everyone.merge(part)
-        results[title] = everyone.scores()
+            results[title].merge(part)
     return results
 
 
-def save_results(results: dict[str, dict], args: argparse.Namespace, folder: Path) -> None:
-    """Print the table of scores; write eval.json and eval.md. Nothing without --eval sets."""
+def save_results(results: Results, args: argparse.Namespace, folder: Path) -> None:
+    """Print the table of scores; write eval.json, eval.md, curves.svg. Nothing without --eval."""
     if args.world.main and results:
-        print(table(results))
-        save_json(folder / "eval.json", results)
-        markdown = table(results, "markdown") + "\n"
-        write_atomic(folder / "eval.md", lambda part: part.write_text(markdown))
+        scores = {title: metrics.scores() for title, metrics in results.items()}
+        print(table(scores))
+        save_json(folder / "eval.json", scores)
+        save_text(folder / "eval.md", table(scores, "markdown") + "\n")
+        write_curves(folder / "curves.svg", {t: metrics.curves() for t, metrics in results.items()})
 
 
 def gallery(columns: list[str], args: argparse.Namespace) -> None:

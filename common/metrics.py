@@ -37,7 +37,7 @@ a block of S without pixels counts 0 (there NaN), a block of one grey level has 
 level equal to the adaptive threshold is above it, E of a single pixel is divided by 1, not by 0.
 """
 import argparse
-import csv
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -47,9 +47,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.datasets import SUFFIXES, by_name, load_grey
-from common.runtime import UserError, cli, parallel_map, progress, save_json, write_atomic
-from common.weighted_f import weighted_f
+from common.curves import write_curves
+from common.datasets import SUFFIXES, by_name, load_grey, pictures
+from common.runtime import UserError, cli, parallel_map, progress, save_csv, save_json
+from common.weighted_f import FAR, weighted_f
 
 EPS = 2.0 ** -52
 BETA2 = 0.3                                   # in F; below 1 precision matters more than recall
@@ -74,7 +75,7 @@ def count(pred: Tensor, gt: Tensor) -> Tensor:
     foreground), grey level. The four blocks meet at the foreground's centre of mass.
     """
     b, h, w = pred.shape
-    kind = torch.int16 if b <= 16 else torch.int32                     # 2048 numbers per image
+    kind = torch.int16 if b < 16 else torch.int32                      # 2048 bins per image
     y, x = torch.arange(h, device=gt.device), torch.arange(w, device=gt.device)
     in_row, in_col = gt.sum(2, dtype=torch.int32), gt.sum(1, dtype=torch.int32)    # [B, H], [B, W]
     n_fg = in_row.sum(1, keepdim=True).clamp(min=1).cpu().double()     # [B, 1]
@@ -82,6 +83,7 @@ def count(pred: Tensor, gt: Tensor) -> Tensor:
     cy = ((in_row * y).sum(1, keepdim=True).cpu() / n_fg).round().to(y)
     cx = ((in_col * x).sum(1, keepdim=True).cpu() / n_fg).round().to(x)
     image = torch.arange(b, device=gt.device, dtype=kind)[:, None]
+    # The number of a pixel's bin; from the front: image, lower half, right half, class, level.
     key = gt.to(kind)                                                  # [B, H, W]
     key += ((image << 3) + ((y > cy).to(kind) << 2))[:, :, None]
     key += ((x > cx).to(kind) << 1)[:, None, :]
@@ -132,8 +134,8 @@ def score_images(counts: Tensor, stretch: bool) -> dict[str, Tensor]:
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0."""
-    return torch.where(b == 0, 0, a / torch.where(b == 0, 1, b))
+    """a / b; where b is 0, so is a here, and the result is 0."""
+    return a / torch.where(b == 0, 1, b)
 
 
 def f_measure(tp: Tensor, fp: Tensor, n_fg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,14 +281,26 @@ class Metrics:
         return {"n": len(images["MAE"])} | result | best
 
 
-def table(results: Mapping[str, Mapping], style: str = "text") -> str:
-    """{row title: scores} as a table with three decimals; style: text, markdown or latex."""
-    rows = [["", "n", *NAMES]]
-    for title, scores in results.items():
-        values = ("-" if scores[name] is None else f"{scores[name]:.3f}" for name in NAMES)
-        rows.append([title, str(scores["n"]), *values])
+def table(results: Mapping[str, Mapping], style: str = "text", mark_best: bool = False) -> str:
+    """{row title: scores} as a table with three decimals; style: text, markdown or latex.
+
+    mark_best: markdown and LaTeX show the best of each column bold (rows are rivals, not sets).
+    """
+    bold = {"markdown": "**{}**", "latex": r"\textbf{{{}}}"}.get(style, "{}")
+    columns = [["", *results], ["n", *(str(scores["n"]) for scores in results.values())]]
+    for name in NAMES:
+        cells = ["-" if scores[name] is None else f"{scores[name]:.3f}"
+                 for scores in results.values()]
+        if mark_best and "-" not in cells:
+            best = (min if name == "MAE" else max)(cells)
+            cells = [bold.format(cell) if cell == best else cell for cell in cells]
+        columns.append([name, *cells])
+    rows = [list(row) for row in zip(*columns)]
     if style == "latex":
-        rows = [[cell.replace("_", r"\_") for cell in row] for row in rows]
+        rows = [[re.sub(r"([_&%#$])", r"\\\1", row[0]), *row[1:]] for row in rows]
+        rows[0] = [name.replace("_", r"\_") for name in rows[0]]
+    if style == "markdown":
+        rows = [[row[0].replace("|", r"\|"), *row[1:]] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     if style == "markdown":
         rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -308,9 +322,8 @@ def find_images(folder: str | Path) -> dict[str, Path]:
 
     Raises UserError if there is none, or if two differ in the suffix alone.
     """
-    rows = [([], path.relative_to(folder).parent.parts, path)
-            for path in sorted(Path(folder).rglob("*"))
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    rows = [([], base.relative_to(folder).parts, base / file)
+            for base, files in pictures(Path(folder)) for file in files]
     if not rows:
         raise UserError(f"{folder} is not a folder with images ({', '.join(SUFFIXES)})")
     return by_name(rows)
@@ -324,6 +337,9 @@ def score_files(pair: tuple[Path, Path], wf: bool, stretch: bool, gt_rule: str, 
     except UserError as error:
         return None, {"unreadable": str(error)}
     levels, size = np.asarray(mask), mask.size
+    if wf and max(size) >= FAR:
+        return None, {"unreadable": f"{pair[1]} ({max(size)} pixels on a side, too many for wF; "
+                                    "leave it out with --no-wf)"}
     inside = torch.from_numpy(levels > (128 if gt_rule == "128" else levels.max() / 2))
     low, high = grey.getextrema()
     found = {"resized": grey.size != size, "empty mask": not inside.any(),
@@ -389,43 +405,52 @@ def build_parser() -> argparse.ArgumentParser:
     add("--allow-missing", action="store_true", help="score what can be read, whatever is missing")
     add("--json", type=Path, metavar="FILE", help="write the scores; of several folders, by folder")
     add("--csv", type=Path, metavar="FILE", help="write the scores of each image")
+    add("--curves", type=Path, metavar="FILE",
+        help="draw precision-recall, F and E curves (.svg), or write their numbers (.csv)")
     add("--markdown", dest="style", action="store_const", const="markdown", default="text")
     add("--latex", dest="style", action="store_const", const="latex")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Score folders, print a report and a table; UserError if a mask has no readable map."""
+    """Score folders, print a report and a table; UserError if a pair cannot be scored."""
     args = build_parser().parse_args(argv)
-    results, lines, lost = {}, [["folder", "image", *NAMES]], 0
+    if args.curves and args.curves.suffix.lower() not in (".svg", ".csv"):
+        raise UserError(f"--curves {args.curves} must end in .svg or .csv")
+    options = {name: getattr(args, name) for name in ("gt_rule", "stretch", "resize", "empty")}
+    results, curves, lines, lost = {}, {}, [["folder", "image", *NAMES]], 0
     for folder in args.pred:
-        metrics, names, report = evaluate_folders(folder, args.gt, args.wf, args.stretch,
-                                                  args.gt_rule, args.resize, args.empty)
+        metrics, names, report = evaluate_folders(folder, args.gt, args.wf, **options)
         print(f"{folder}: {len(names)} images")
         for problem, files in report.items():
             if files:
-                more = ", ..." * (len(files) > 4)
-                print(f"  {len(files)} {problem}: {', '.join(files[:4])}{more}")
+                shown = files if problem in ("missing", "unreadable") else files[:4]
+                more = ", ..." * (len(shown) < len(files))
+                print(f"  {len(files)} {problem}: {', '.join(shown)}{more}")
         if report["empty mask"] and args.gt_rule == "128":
             print("  (masks of 0 and 1 look empty: read them with --gt-rule half)")
         lost += len(report["missing"]) + len(report["unreadable"])
-        results[str(folder)] = metrics.scores()
-        images = {key: value.tolist() for key, value in metrics.per_image().items()}
-        lines += [[folder, name, *(images[key][i] if key in images else "" for key in NAMES)]
-                  for i, name in enumerate(names)]
+        title = folder.as_posix()
+        results[title] = metrics.scores() | {"options": options}
+        if args.curves:
+            curves[title] = metrics.curves()
+        if args.csv:
+            images = {key: value.tolist() for key, value in metrics.per_image().items()}
+            lines += [[title, name, *(images[key][i] if key in images else "" for key in NAMES)]
+                      for i, name in enumerate(names)]
     if lost and not args.allow_missing:
-        raise UserError(f"{lost} masks have no readable map (listed above), and the scores of the "
-                        "others would not compare; complete the folder or use --allow-missing")
+        raise UserError(f"{lost} of the pairs of map and mask cannot be scored (listed above), and "
+                        "the scores of the others would not compare; complete the folders or use "
+                        "--allow-missing")
     print(f"options: mask > {args.gt_rule}, {'' if args.stretch else 'not '}stretched, resize "
           f"{args.resize}, empty masks {args.empty}; beta^2 is 0.3 in F, 1 in wF; IoU at 0.5")
-    print(table(results, args.style))
+    print(table(results, args.style, mark_best=len(results) > 1))
     if args.json:
-        save_json(args.json, results if len(results) > 1 else results[str(args.pred[0])])
+        save_json(args.json, results if len(results) > 1 else results[title])
     if args.csv:
-        def write(part: Path) -> None:
-            with open(part, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(lines)
-        write_atomic(args.csv, write)
+        save_csv(args.csv, lines)
+    if args.curves:
+        write_curves(args.curves, curves)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ Nothing here knows a method. Three rules hold everywhere:
 * random numbers come from generators seeded by (seed, purpose, epoch), so a run does not depend on
   how often it was interrupted, on worker threads, or on the number of processes.
 """
+import csv
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -37,12 +39,14 @@ class UserError(Exception):
 
 def cli(main: Callable) -> None:
     """Run `main()` as a program: a `UserError` becomes one line on stderr and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):  # the terminal may lack letters of a file's name
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; training continues with --resume from its last finished epoch")
+        sys.exit("interrupted; a training continues with --resume from its last finished epoch")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -59,7 +63,8 @@ def progress(items: Iterable, text: str, total: int | None = None) -> Iterator:
             rate = done / (time.time() - start + 1e-9)
             print(f"\r{text} {done}/{total} ({rate:.1f}/s)  ", end="", file=sys.stderr, flush=True)
     if not silent:
-        print("\r" * live + f"{text}: {total} in {time.time() - start:.1f} s", file=sys.stderr)
+        line = f"{text}: {total} in {time.time() - start:.1f} s"
+        print("\r" * live + line.ljust(live * (len(text) + 30)), file=sys.stderr)
 
 
 def parallel_map(function: Callable, items: Iterable, processes: bool = False) -> Iterator:
@@ -69,12 +74,15 @@ def parallel_map(function: Callable, items: Iterable, processes: bool = False) -
     Many small steps hold it: for them `processes` asks for forked processes, used where forking is
     safe (Linux); `function`, its items and its results must then be picklable.
     """
-    if processes and sys.platform == "linux":
-        pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"))
+    linux, items = sys.platform == "linux", list(items)
+    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    cores = max(1, min(cores, len(items)))
+    if processes and linux:
+        pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"))
     else:
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor(cores)
     with pool:
-        yield from pool.map(function, items, chunksize=8)
+        yield from pool.map(function, items, chunksize=min(8, len(items) // cores + 1))
 
 
 # ---- Device, precision, randomness -----------------------------------------------------------
@@ -185,9 +193,21 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
                         "choose another place or free some space") from None
 
 
+def save_text(path: str | Path, text: str) -> None:
+    """Write text in UTF-8 atomically."""
+    write_atomic(path, lambda part: part.write_text(text, "utf-8", "backslashreplace"))
+
+
 def save_json(path: str | Path, value) -> None:
     """Write JSON atomically."""
-    write_atomic(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n"))
+    save_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_csv(path: str | Path, rows: Iterable[Sequence]) -> None:
+    """Write rows of a table as comma-separated values atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    save_text(path, text.getvalue())
 
 
 def save_png(path: str | Path, pixels: torch.Tensor | np.ndarray) -> None:
@@ -285,7 +305,7 @@ class Log:
         if not quiet:  # a resumed run forgets what came after its checkpoint
             kept = self.path.read_text().splitlines() if done and self.path.exists() else []
             kept = [line + "\n" for line in kept if json.loads(line)["epoch"] <= done]
-            write_atomic(self.path, lambda part: part.write_text("".join(kept)))
+            save_text(self.path, "".join(kept))
 
     def epoch(self, epoch: int, images: int, **values: float) -> None:
         """Report epoch number `epoch` (from 1), which saw `images` images, with its `values`."""

@@ -98,7 +98,7 @@ def near_search(gap: Tensor) -> Tensor:
     """Nearest foreground within REACH columns: int16 [h, w] -> int16 16 d^2 + (offset + REACH).
 
     offset: its column minus that of the pixel. d^2 is exact below BEYOND. The minimum of such
-    numbers is the nearest pixel, and the leftmost of equally near ones.
+    numbers is the nearest pixel, as the 9 offsets fit below 16, and the leftmost of equally near.
     """
     width = gap.shape[1]
     gap = gap.clamp(max=REACH + 1)

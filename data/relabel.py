@@ -49,7 +49,7 @@ import torch
 from common.datasets import load_grey, load_image, read_captions, read_list
 from common.panoptic import Panoptic, Segment
 from common.runtime import (UserError, cli, generator, parallel_map, picture_strip, progress,
-                            save_json, save_png, write_atomic)
+                            save_json, save_png, save_text)
 
 HERE = Path(__file__).parent
 PAGE, WORDS = HERE / "relabel.html", HERE / "coco_words.txt"
@@ -300,7 +300,7 @@ def run_vote(choices: Choices, maps: Path | None, seed: int) -> None:
     log = scenes.root / "sod" / f"vote-{scenes.split}.jsonl"
     known = scenes.root / "annotations" / f"salient_{scenes.split}.json"
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomic(log, lambda part: part.write_text(lines))
+    save_text(log, lines)
     for what, items in (("images", records),
                         ("segments", [s for record in records for s in record["segments"]])):
         counts = Counter(item["verdict"] for item in items).most_common()

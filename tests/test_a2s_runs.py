@@ -69,6 +69,7 @@ def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
     assert [name.rsplit("test")[-1] for name in results] == ["-activation", "-label", ""]
     assert all(row["n"] == 4 and 0 <= row["F_mean"] <= 1 for row in results.values())
     assert "F_mean" in done.stdout and "F_mean" in (run / "stage2" / "eval.md").read_text()
+    assert all(f">{row}</text>" in (run / "stage2" / "curves.svg").read_text() for row in results)
     assert len(list((run / "pseudo").glob("*.png"))) == 16
     label = np.asarray(Image.open(next((run / "pseudo").glob("*.png"))))
     assert label.shape == (160, 160) and set(np.unique(label)) <= {0, 255}

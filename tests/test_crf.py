@@ -196,6 +196,15 @@ def test_constant_image_is_a_wide_gaussian():
 
 
 # ---- What it is for ------------------------------------------------------------------------------
+def test_a_lone_colour_far_from_its_like():
+    """The functions of the place sum to less than 0 at the corner: its row sum is held at 0.1."""
+    image, prob = torch.full((1, 3, 40, 60), 60, dtype=torch.uint8), torch.full((1, 1, 40, 60), 0.2)
+    image[..., :20], prob[..., :20] = 220, 0.9
+    image[..., 0, 59], prob[..., 0, 59] = 220, 0.6
+    exact = brute_crf(image[0].numpy(), prob, 10.0, 13.0)
+    assert difference(dense_crf(image, prob, 10.0)[0, 0], exact) < 1e-4      # else .2
+
+
 def test_coarse_map_moves_to_the_edges_and_a_crisp_mask_stays():
     truth = torch.zeros(1, 1, 60, 80)
     truth[..., 20:45, 30:60] = 1
@@ -250,6 +259,7 @@ def test_memory_plan():
     assert 32 <= images <= 100 and functions == 16
     assert crf.plan(320, 320, 16, 13.0, 8e9)[0] in (2 * images, 2 * images + 1)
     assert crf.plan(1, 1, 1, 13.0, 1) == (1, 1)
+    assert crf.plan(32, 32, 8, 1.0, 1e12)[0] == 30        # grid colours are numbered in int32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,16 +2,19 @@
 import csv
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from common.curves import write_curves
 from common.datasets import load_grey
 from common.metrics import (NAMES, Metrics, count, evaluate_folders, find_images, main, table,
                             to_uint8)
@@ -126,6 +129,12 @@ def test_s_by_hand():
     assert_close(score(PRED, GT), {"S": (s_object + s_region) / 2}, 1e-12)
 
 
+def test_s_is_never_negative():
+    gt = torch.zeros(8, 8, dtype=torch.bool)
+    gt[2:6, 2:6] = True
+    assert score(~gt * 255, gt)["S"] == 0                 # the inverted mask, -.29 without max(0, )
+
+
 def test_weighted_f_by_hand():
     cost = 2 - 0.5 ** (1 / 5)                             # one wrong pixel at distance 1
     precision = 1 / (1 + cost)
@@ -151,6 +160,8 @@ def test_level_equal_to_the_adaptive_threshold_is_positive():
     pred = [[255, 85, 0, 0, 0, 0, 0, 0]]                  # 2 mean = 2 * 340 / 8 = 85
     found = score(pred, [[1, 1, 0, 0, 0, 0, 0, 0]])
     assert_close(found, {"F_adp": 1.0, "E_adp": 8 / 7})
+    # 2 mean = 2 * 11 / 11 = 2; PySODMetrics gives .8125, its 2 * mean(t) being above 2 / 9
+    assert_close(score([[9, 2] + [0] * 9], [[1, 1] + [0] * 9]), {"F_adp": 1.0})
 
 
 def test_adaptive_threshold_is_at_most_one():
@@ -236,7 +247,7 @@ def weighted_f_by_definition(pred, gt):
                                          (1, 30, 0.1), (30, 1, 0.1), (26, 19, 0.15)])
 def test_weighted_f_by_definition(h, w, share):
     pred, gt = random_pair(h, w, h * w, share)
-    gt[h // 2, w // 3] = True
+    gt[h // 2, w // 3] = gt[0, 0] = True                  # the rows above the first do not exist
     expected = weighted_f_by_definition(pred, gt)
     assert weighted_f(pred, gt, 0, 255) == pytest.approx(expected, abs=1e-12)
 
@@ -289,7 +300,7 @@ def test_a_batch_equals_single_images(device):
         assert torch.equal(values, batch.per_image()[name]), name
     assert single.scores() == batch.scores()
     alone = torch.cat([count(pred[None], gt[None]) for pred, gt in pairs])
-    for times in (1, 3):                                  # as on a GPU; above 16 images in int32
+    for times in (1, 3):                                  # as on a GPU; 16 and more in int32
         together = count(*(torch.stack(x * times).to(device) for x in zip(*pairs)))
         assert torch.equal(together, alone.repeat(times, 1, 1, 1))
 
@@ -348,6 +359,14 @@ def test_wrong_tensors():
         Metrics().scores()
 
 
+def test_titles_with_special_characters():
+    scores = {"a&b_50%|c": dict.fromkeys(NAMES, 0.5) | {"n": 7}}
+    latex = table(scores, "latex").splitlines()
+    assert r" F\_mean " in latex[1]
+    assert latex[3].startswith(r"a\&b\_50\%|c & ")
+    assert table(scores, "markdown").splitlines()[2].startswith(r"| a&b_50%\|c |")
+
+
 def test_tables():
     scores = dict.fromkeys(NAMES, 0.12345) | {"n": 7, "wF": None}
     lines = table({"A_B": scores, "C": scores}, "markdown").splitlines()
@@ -359,6 +378,55 @@ def test_tables():
     assert latex[0] == r"\begin{tabular}{lrrrrrrrrrrr}" and latex[-1] == r"\end{tabular}"
     assert latex[3].startswith(r"A\_B & ") and latex[3].endswith(r" \\")
     assert table({"C": scores}).splitlines()[1].split() == ["C", "7", *["0.123"] * 8, "-", "0.123"]
+
+
+def test_the_best_of_each_column_is_bold():
+    rivals = {"A": dict.fromkeys(NAMES, 0.5) | {"n": 7}, "B": dict.fromkeys(NAMES, 0.6) | {"n": 7},
+              "C": dict.fromkeys(NAMES, 0.6001) | {"n": 7}}                   # shown like B
+    best = {"A": ["MAE"], "B": NAMES[1:], "C": NAMES[1:]}
+    for style, form in (("markdown", "**{}**"), ("latex", r"\textbf{{{}}}"), ("text", "{}")):
+        lines = table(rivals, style, mark_best=True).splitlines()
+        for title, names in best.items():
+            line = next(line for line in lines if line.strip("| ").startswith(title))
+            cells = [cell for cell in line.removesuffix(r"\\").split() if "." in cell]
+            shown = f"{rivals[title]['MAE']:.3f}"
+            assert cells == [form.format(shown) if name in names else shown for name in NAMES]
+    for scores in rivals.values():
+        scores["wF"] = None
+    assert "**-**" not in table(rivals, "markdown", mark_best=True)
+    assert "**" not in table(rivals, "markdown")          # rows may be data sets
+
+
+def curve(value):
+    return {name: torch.full((256,), value) for name in ("precision", "recall", "F", "E")}
+
+
+def test_curves_are_drawn_where_they_belong(tmp_path):
+    """Axes of 300 pixels from the lowest tenth, here 0.4, to 1: a tenth is 50 pixels."""
+    low = curve(0.45) | {"recall": torch.linspace(0, 1, 256)}
+    rows = {"a & b": low} | {f"row {i}": curve(1.0) for i in range(8)}
+    write_curves(tmp_path / "c.svg", rows)
+    root = ElementTree.parse(tmp_path / "c.svg").getroot()
+    lines = [line for line in root.iter("{http://www.w3.org/2000/svg}polyline")
+             if line.get("points").count(",") == 256]
+    assert len(lines) == 3 * 9
+    for line, left in zip(lines[::9], (45, 405, 765)):
+        points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        assert {y for _, y in points} == {18 + 300 - 0.5 * 50}
+        assert sorted({x for x, _ in points})[::255] == [left, left + 300]
+    assert {line.get("points").split(",")[1].split()[0] for line in lines[1:9]} == {"18.0"}
+    assert len({(line.get("stroke"), line.get("stroke-dasharray")) for line in lines}) == 9
+    assert "a & b" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_curves_as_numbers(folders, tmp_path):
+    main([*map(str, folders), "--no-wf", "--curves", str(tmp_path / "c.csv")])
+    with open(tmp_path / "c.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = evaluate_folders(*folders, wf=False)[0].curves()
+    assert [float(row["threshold"]) for row in rows] == [i / 255 for i in range(255, -1, -1)]
+    for name, values in expected.items():
+        assert [float(row[name]) for row in rows] == values.tolist()
 
 
 # ---- Folders ---------------------------------------------------------------------------------
@@ -384,7 +452,9 @@ def save(path, pixels, **options):
 def test_folders_and_files(folders, tmp_path, capsys):
     main([*map(str, folders), "--json", str(tmp_path / "s.json"), "--csv", str(tmp_path / "s.csv")])
     written = json.loads((tmp_path / "s.json").read_text())
-    assert " ".join(written) == "n MAE F_mean F_adp F_max E_mean E_adp E_max S wF IoU"
+    assert " ".join(written) == "n MAE F_mean F_adp F_max E_mean E_adp E_max S wF IoU options"
+    assert written["options"] == {"gt_rule": "128", "stretch": True, "resize": "bilinear",
+                                  "empty": "keep"}
     average = [sum(REFERENCE[kind][i] for kind in KINDS) / 3 for i in range(len(NAMES))]
     assert_close(written, {k: v for k, v in zip(NAMES, average) if not k.endswith("_max")})
     with open(tmp_path / "s.csv", newline="") as file:
@@ -411,7 +481,7 @@ def test_report_names_every_problem(folders, capsys):
     assert evaluate_folders(pred, gt, empty="skip")[1] == ["binary"]
 
     out = pred.parent / "s.json"
-    with pytest.raises(UserError, match="2 masks have no readable map.*--allow-missing"):
+    with pytest.raises(UserError, match="2 of the pairs .* cannot be scored .*--allow-missing"):
         main([str(pred), str(gt), "--json", str(out)])
     assert not out.exists()
     assert "1 missing: video/two" in capsys.readouterr().out
@@ -431,7 +501,7 @@ def test_exit_status(folders):
     (folders[0] / "soft.png").unlink()
     command = [sys.executable, "-m", "common.metrics", *map(str, folders)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: 1 masks have no")
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: 1 of the pairs")
 
 
 def test_foreground_rule(folders):
@@ -474,8 +544,47 @@ def test_several_folders(folders, tmp_path, capsys):
     assert f"| {other} " in capsys.readouterr().out
 
 
+def test_hidden_folders_are_left_out_and_links_followed(folders, tmp_path):
+    pred, gt = folders
+    for name in (".ipynb_checkpoints/a.png", "__MACOSX/a.png", ".a.png"):
+        (gt / name).parent.mkdir(exist_ok=True)
+        save(gt / name, np.zeros((4, 4), np.uint8))
+    (gt / "folder.png").mkdir()
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "set").symlink_to(gt)
+    assert sorted(find_images(gt)) == ["binary", "soft", "video/two"]
+    assert sorted(find_images(tmp_path / "all")) == ["set/binary", "set/soft", "set/video/two"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file system refuses such names")
+def test_names_that_cannot_be_encoded(folders, tmp_path):
+    """A byte that is no text, and a terminal whose alphabet lacks a letter."""
+    pred, gt = folders
+    (gt / os.fsdecode(b"\xe9.png")).write_bytes((gt / "soft.png").read_bytes())
+    (gt / "\u663e.png").write_bytes((gt / "soft.png").read_bytes())
+    (pred / os.fsdecode(b"\xe9.png")).write_bytes((pred / "soft.png").read_bytes())
+    done = subprocess.run([sys.executable, "-m", "common.metrics", *map(str, folders), "--csv",
+                           str(tmp_path / "s.csv"), "--allow-missing"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+                          cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert rb"1 missing: \u663e" in done.stdout and rb"\udce9" in (tmp_path / "s.csv").read_bytes()
+
+
+def test_too_large_for_weighted_f(tmp_path):
+    for folder in ("pred", "gt"):
+        for stem, height in (("a", 16000), ("b", 9)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            save(tmp_path / folder / f"{stem}.png", np.eye(height, 3, dtype=np.uint8) * 255)
+    metrics, names, report = evaluate_folders(tmp_path / "pred", tmp_path / "gt")
+    assert names == ["b"] and "gt/a.png (16000 pixels" in report["unreadable"][0]
+    assert evaluate_folders(tmp_path / "pred", tmp_path / "gt", wf=False)[1] == ["a", "b"]
+
+
 def test_bad_folders(folders, tmp_path):
     pred, gt = folders
+    with pytest.raises(UserError, match="c.png must end in .svg or .csv"):
+        main([str(pred), str(gt), "--curves", "c.png"])
     with pytest.raises(UserError, match="nowhere is not a folder with images"):
         evaluate_folders(tmp_path / "nowhere", gt)
     with pytest.raises(UserError, match="no file in .* has the stem"):

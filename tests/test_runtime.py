@@ -1,4 +1,5 @@
 """Errors, files, random numbers and processes of common.runtime."""
+import io
 import json
 import os
 import subprocess
@@ -18,6 +19,34 @@ def test_generators_depend_on_their_key_alone():
     assert draw(0, "drop", 1) == draw(0, "drop", 1)
     keys = [(0, "drop", 1), (0, "drop", 2), (1, "drop", 1), (0, "flip", 1)]
     assert len({tuple(draw(*key)) for key in keys}) == 4
+
+
+def pid(_):
+    return os.getpid()
+
+
+def test_parallel_map_uses_what_it_is_told_to_and_keeps_the_order():
+    assert list(runtime.parallel_map(str, range(30))) == [str(i) for i in range(30)]
+    assert list(runtime.parallel_map(str, range(30), True)) == [str(i) for i in range(30)]
+    assert list(runtime.parallel_map(str, iter(()))) == []
+    assert set(runtime.parallel_map(pid, range(3))) == {os.getpid()}
+    if sys.platform == "linux":
+        assert os.getpid() not in set(runtime.parallel_map(pid, range(3), True))
+
+
+class Terminal(io.StringIO):
+    """What is written, and that it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_the_last_progress_line_leaves_no_rest_of_those_before(monkeypatch):
+    for stream, lines in ((Terminal(), 4), (io.StringIO(), 1)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert list(runtime.progress("abc", "letters")) == ["a", "b", "c"]
+        assert len(stream.getvalue().strip().split("\r")) == lines
+    assert stream.getvalue().startswith("letters: 3 in ")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):

@@ -1,6 +1,7 @@
 """Dense CRF: time against pydensecrf in turns, accuracy, other sparse products, speed on CUDA.
 
     python tests/benchmarks/bench_crf.py [--images FOLDER] [--masks FOLDER] [--rounds 7]
+    python tests/benchmarks/bench_crf.py --large
 
 Time: 320 x 320, 10 iterations, building the filters included. Each round runs both programs in
 turn, so that a busy machine slows both, and the table shows the median of the ratios. pydensecrf
@@ -13,6 +14,7 @@ images of tests/reference/crf.npz; with --images and --masks (of the same stems)
 at 160 pixels along the longer side, whose masks are shrunk to 10 to 40 cells and made noisy.
 """
 import argparse
+import resource
 import statistics
 import sys
 import time
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from common.crf import (  # noqa: E402
-    Pixels, colour_grid, dense_crf, gaussian, hard_unary, space_functions)
+    Pixels, colour_grid, dense_crf, gaussian, hard_unary, photo_sxy, space_functions)
 from common.datasets import load_image, load_mask  # noqa: E402
 from common.metrics import find_images  # noqa: E402
 
@@ -186,21 +188,44 @@ def time_products(cases, device):
         print(f"{name:16}" + "".join(f"{ms:15.2f}" for ms in spent))
 
 
-def time_cuda(cases):
-    print(f"\n{'CUDA, images/s':16}" + "".join(f"{f'batch {b}':>10}" for b in (1, 8, 32)))
+def time_batches(cases, device):
+    """Images per second, and the share of the time that the memory alone would need.
+
+    A product with A reads 4 vertices and 4 shares of a pixel twice and streams its r functions of
+    the place about five times; there are 11, one of them for the row sums.
+    """
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    megabytes = torch.zeros(2 ** 28, dtype=torch.uint8, device=device)
+    copies = [seconds(lambda: (megabytes.clone(), wait())) for _ in range(7)]
+    bandwidth = 2 * len(megabytes) / min(copies)
+    print(f"\n{f'on {device.type}':16}" + "".join(f"{f'batch {b}':>20}" for b in (1, 8, 32)))
     for name, settings in SETTINGS.items():
-        rates = []
-        for batch in (1, 8, 32) if torch.cuda.is_available() else ():
-            image, prob = (torch.cat([case[k] for case in cases] * 32)[:batch].to("cuda")
+        cells = []
+        for batch in (1, 8, 32):
+            image, prob = (torch.cat([case[k] for case in cases] * 32)[:batch].to(device)
                            for k in (0, 1))
             unary = prob if name == "prob" else hard_unary(prob > 0.5)
 
             def run():
                 dense_crf(image, unary, *settings, max_bytes=32e9)
-                torch.cuda.synchronize()
+                wait()
             run()
-            rates.append(batch / statistics.median(seconds(run) for _ in range(7)))
-        print(f"{name:16}" + ("".join(f"{rate:10.1f}" for rate in rates) or f"{'not run':>10}" * 3))
+            spent = statistics.median(seconds(run) for _ in range(7))
+            functions = space_functions(*image.shape[2:], settings[0])[0].shape[1]
+            floor = 11 * prob.numel() * (64 + 20 * functions) / bandwidth
+            cells.append(f"{batch / spent:.1f} /s ({floor / spent:.0%})")
+        print(f"{name:16}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+def refine_large():
+    """Time and memory of one image of 4,000 x 3,000 pixels, in this process alone."""
+    (image, prob), *_ = load_cases(None, None)
+    image, prob = (F.interpolate(t.float(), (3000, 4000), mode="bilinear") for t in (image, prob))
+    spent = seconds(dense_crf, image.byte(), prob, photo_sxy(3000, 4000))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    print(f"4,000 x 3,000 pixels: {spent:.0f} s, {peak:.1f} GB at most")
 
 
 if __name__ == "__main__":
@@ -208,7 +233,10 @@ if __name__ == "__main__":
     parser.add_argument("--images", help="folder of photos")
     parser.add_argument("--masks", help="folder of their masks, for the accuracy")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--large", action="store_true", help="only time a 4,000 x 3,000 image")
     options = parser.parse_args()
+    if options.large:
+        sys.exit(refine_large())
     rival, edge = (with_pydensecrf, 320) if pydensecrf else (with_exact_sums, None)
     print(f"other: {'pydensecrf' if pydensecrf else 'the exact sums, float32'}")
     time_cpu(load_cases(options.images, edge), rival, options.rounds)
@@ -219,4 +247,6 @@ if __name__ == "__main__":
     time_products(load_cases(options.images, 320), torch.device("cpu"))
     if torch.cuda.is_available():
         time_products(load_cases(options.images, 320), torch.device("cuda"))
-    time_cuda(load_cases(options.images, 320))
+        time_batches(load_cases(options.images, 320), torch.device("cuda"))
+    else:
+        print("on CUDA: not run (no CUDA device)")
