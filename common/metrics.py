@@ -83,11 +83,9 @@ def count(pred: Tensor, gt: Tensor) -> Tensor:
     cy = ((in_row * y).sum(1, keepdim=True).cpu() / n_fg).round().to(y)
     cx = ((in_col * x).sum(1, keepdim=True).cpu() / n_fg).round().to(x)
     image = torch.arange(b, device=gt.device, dtype=kind)[:, None]
-    # The number of a pixel's bin; from the front: image, lower half, right half, class, level.
-    key = gt.to(kind)                                                  # [B, H, W]
-    key += ((image << 3) + ((y > cy).to(kind) << 2))[:, :, None]
-    key += ((x > cx).to(kind) << 1)[:, None, :]
-    key = (key << 8).add_(pred)
+    row = 2048 * image + 1024 * (y > cy).to(kind)                      # [B, H]
+    key = row[:, :, None] + 512 * (x > cx).to(kind)[:, None]           # [B, H, W]
+    key.add_(gt, alpha=256).add_(pred)
     return torch.bincount(key.flatten(), minlength=b << 11).view(b, 4, 2, 256).int().cpu()
 
 
