@@ -49,6 +49,7 @@ def cli(main: Callable) -> None:
         sys.exit("interrupted; a training continues with --resume from its last finished epoch")
     finally:
         if dist.is_initialized():
+            time.sleep(0.1)  # torch 2.6 hangs if gloo's thread still waits for the interpreter lock
             dist.destroy_process_group()
 
 
@@ -231,6 +232,8 @@ def torch_load(path: str | Path) -> dict:
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise TypeError(f"it holds a {type(found).__name__}, no dict")
+        if not all(isinstance(key, str) for key in found):
+            raise TypeError("its keys are no names")
         return found
     except Exception as error:  # zip, pickle, and unicode errors of many kinds
         raise UserError(f"{path} is not a readable file of tensors "
@@ -304,7 +307,8 @@ class Log:
         self.start = self.last = time.time()
         if not quiet:  # a resumed run forgets what came after its checkpoint
             kept = self.path.read_text().splitlines() if done and self.path.exists() else []
-            kept = [line + "\n" for line in kept if json.loads(line)["epoch"] <= done]
+            kept = [line + "\n" for line in kept  # a crash may have cut the last line
+                    if line.endswith("}") and json.loads(line)["epoch"] <= done]
             save_text(self.path, "".join(kept))
 
     def epoch(self, epoch: int, images: int, **values: float) -> None:
