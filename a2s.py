@@ -23,8 +23,9 @@ Usage
     python a2s.py --weights runs/a2s-MSRA-B/stage2/last.pt --predict photo.jpg --cutout
     torchrun --nproc_per_node=4 a2s.py --data MSRA-B    # several GPUs or machines
 
-Results. Paper (MoCo v2 ResNet-50, 3,000 MSRA-B photos, about 1 h on a GTX 1080 Ti), ave-F / MAE on
-ECSSD: stage 1 .840 / .072, stage 2 .880 / .060. Ours at that size: not run. At small scale: README.
+Results. Paper (MoCo v2 ResNet-50, 3,000 MSRA-B photos, about 1 h on a GTX 1080 Ti), ave-F (by its
+text F_mean, by its authors' code F_adp) / MAE on ECSSD: stage 1 .840 / .072, stage 2 .880 / .060.
+Ours at that size: not run. At small scale: README.
 
 Departures. The paper is the default. Where it is silent the released code is followed: loss weights
 1 .1 .3 .5, nesterov, weight decay 5e-4, a tenth of the rate for stage 2's encoder, MoCo v2 of 800
@@ -40,12 +41,15 @@ parameter count proves. --released follows the authors' code also where it contr
  D5 a tie in Eq. 5 counts as +1; released: as 0, a blank map.
  D6 stage 2 draws flips anew in every epoch; released: once and for all.
  D7 the encoder's BatchNorm keeps the statistics of its weights, in stage 1 because the paper
-    freezes it, in both because it measured better (README); released: statistics of the batch.
+    freezes it, in stage 2 alike (both together measured better, stage 2 alone was not measured:
+    README); released: statistics of the batch.
 Ours in both cases:
  D8 Eq. 4's L2 distance is squared, as released: the L2 norm of a scalar would be its L1 norm.
  D9 the label bank holds 8 bits per pixel.
  D10 DB1's mean over the training set is a running mean (rate 0.01).
  D11 HMA differs from OLR in the CRF alone; lambda and its start are OLR's.
+ D12 of several processes each normalises with its own share of the batch under --bn batch; the
+    statistics are averaged after each epoch.
 Not implemented: MINet, the rival detector of Table VII.
 
 Shapes: B batch, H W input size, h w feature size. Images are in [0, 1].
@@ -91,9 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     method.add_argument("--train-encoder", action="store_true", help="in stage 1 too: variant A0")
     method.add_argument("--boundary", choices=("DB1", "DB2", "DB3", "DB4", "DB5"), default="DB5",
                         help="decision boundary, Sec. IV-E [DB5]")
-    method.add_argument("--threshold", choices=THRESHOLDS, default="mean", help="of M [mean]")
-    method.add_argument("--unary", choices=("hard", "soft"), default="hard",
-                        help="the CRF starts from labels or from probabilities, see D2 [hard]")
+    method.add_argument("--threshold", choices=THRESHOLDS, default="mean",
+                        help="of M, in DB5 [mean]")
+    method.add_argument("--unary", choices=("hard", "soft"),
+                        help="the CRF starts from labels or from probabilities, see D2 [hard]; "
+                        "not with --released")
     method.add_argument("--sxy", type=float, help="CRF's reach in a photo of 320 pixels [50]")
     method.add_argument("--srgb", type=float, help="CRF's tolerance of grey levels [5]")
     method.add_argument("--detector", choices=("ram", "conv"), default="ram",
@@ -112,18 +118,18 @@ def fill_defaults(args: argparse.Namespace) -> None:
     small = harness.use_preset(args, PAPER, SHAPES)
     # one number on the command line serves both stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v, v) for v in (args.epochs, args.lr))
+    args.unary = args.unary or "hard"                                    # D2
     args.bn = args.bn or ("batch" if args.released else "stored")        # D7
     if args.eval is None and args.data == "MSRA-B":
         args.eval = harness.present(PAPER_SETS, args.data_root)
     elif args.eval is None:
         args.eval = ["shapes-test"] if small else []
-    if small:
-        print("preset for shapes: " + ", ".join(f"{name} {getattr(args, name)}" for name in SHAPES))
+    harness.show_preset(args, SHAPES)
 
 
 # ---- Model: stage 1 ------------------------------------------------------------------------------
 class SEBlock(nn.Module):
-    """The SE block as its authors built it: convolution, GroupNorm, ReLU, and a channel gate."""
+    """The paper's SE block as its authors coded it: convolution, GroupNorm, ReLU, channel gate."""
 
     def __init__(self, channels: int, width: int = 64):
         super().__init__()
@@ -281,7 +287,7 @@ class Detector(nn.Module):
 
 # ---- Losses --------------------------------------------------------------------------------------
 def adb_loss(theta: Tensor, alpha: float, keep: Tensor | None = None) -> Tensor:
-    """Eq. 4: L = -mean(D^2 + alpha D), D = |sigmoid(theta) - 0.5|; keep: weights of mean 1 (D8)."""
+    """Eq. 4: L = -mean(D^2 + alpha D) (D8), D = |sigmoid(theta) - 0.5|; keep: weights of mean 1."""
     d = (torch.sigmoid(theta.float()) - 0.5).abs()
     v = d.square() + alpha * d
     return -(v if keep is None else v * keep).mean()
@@ -337,6 +343,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     """Train one stage, starting from its backbone's weights or, with --resume, from last.pt."""
     world, folder, epochs = args.world, args.out / f"stage{stage}", args.epochs[stage - 1]
     dataset = open_set(args.data, args.data_root, masks=False)
+    labels = read_labels(dataset.names, args, folder) if stage == 2 else None
     torch.manual_seed(args.seed)
     net = make_net(stage, args, args.backbone_weights)
     encoder = [p for p in net.encoder.parameters() if p.requires_grad]
@@ -345,8 +352,8 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
                                  {"params": encoder, "scale": 0.1 if stage == 2 else 1.0}],
                                 momentum=0.9, nesterov=True, weight_decay=5e-4)
     bank = Bank(dataset, args.size, args.device, folder)
-    labels = read_labels(dataset.names, args, folder) if stage == 2 else None
-    flags = harness.plain_flags(args) | {"epochs": epochs, "lr": args.lr[stage - 1]}
+    flags = harness.plain_flags(args, bank.names)
+    flags |= {"epochs": epochs, "lr": args.lr[stage - 1]}
     done = harness.resume(folder, "a2s", stage, flags, net, optimiser, labels)
     harness.save_args(flags, args, folder)
     if stage == 1 and done == 0 and world.main:
@@ -484,12 +491,12 @@ def forward(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
 
 def evaluate(stage: int, net: nn.Module, args: argparse.Namespace) -> harness.Results:
     """Scores of every --eval set: of the detector, or of stage 1's activation and pseudo label."""
-    folder = args.out / f"stage{stage}"
+    folder, logit = args.out / f"stage{stage}", partial(forward, net, args=args)
     if stage == 2:
-        return harness.evaluate(lambda image: forward(net, image, args), args, folder)
+        return harness.evaluate(logit, args, folder)
     once = argparse.Namespace(**{**vars(args), "crf": False})  # labels have been through the CRF
-    return harness.evaluate(lambda image: forward(net, image, args), args, folder, "-activation") \
-        | harness.evaluate(lambda image: label_logit(net, image, args), once, folder, "-label")
+    return harness.evaluate(logit, args, folder, "-activation") \
+        | harness.evaluate(partial(label_logit, net, args=args), once, folder, "-label")
 
 
 def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
@@ -500,8 +507,8 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
         args.data, args.out = "MSRA-B", args.out or Path("runs", "a2s-released")
     else:
         names = ("backbone", "pixels", "borders", "released", "boundary", "threshold", "detector",
-                 "unary", "data")
-        saved = harness.restore(path, "a2s", args, names, ("size", "sxy", "srgb"))
+                 "data")
+        saved = harness.restore(path, "a2s", args, names, ("size", "sxy", "srgb", "unary"))
         stage, state = saved["stage"], saved["model"]
         args.out = args.out or harness.run_of(path, ("stage1", "stage2"))
     fill_defaults(args)

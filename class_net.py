@@ -9,7 +9,7 @@ deep channels that it agrees with, so that an object of many colours stays whole
 fuses both at three levels. The masks supervise pixels (cross entropy), regions (mean and spread in
 a sliding window) and the object (F-measure) at four depths.
 
-    image -> encoder -> E_5 -> bridge -> F_h; two convolutions -> D_5                -> loss / 8
+    image -> encoder -> E_5 -> bridge -> F_h; its 1x1, two convolutions -> D_5  -> loss / 8
                         E_4 -> bridge -> F_4 -> CLA with F_h -> FFM with D_5 -> D_4  -> loss / 4
                         E_3 -> bridge -> F_3 -> CLA with F_h -> FFM with D_4 -> D_3  -> loss / 2
                         E_2 -> bridge -> F_2 -> CLA with F_h -> FFM with D_3 -> D_2  -> loss, map
@@ -109,9 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
-    if args.size is not None and args.size < 64:
-        raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 64")
     small = harness.use_preset(args, PAPER, SHAPES)
+    if args.size < 64:
+        raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 64")
     usual = "shapes" if args.backbone == "tiny" else "imagenet"
     args.backbone_weights = args.backbone_weights or usual
     args.region = args.region or ("released" if args.released else "paper")
@@ -124,8 +124,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.eval = harness.present(PAPER_SETS, args.data_root)
     elif args.eval is None:
         args.eval = ["shapes-test"] if small else []
-    if small:
-        print("preset for shapes: " + ", ".join(f"{name} {getattr(args, name)}" for name in SHAPES))
+    harness.show_preset(args, SHAPES)
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -333,7 +332,7 @@ def train(args: argparse.Namespace) -> CLASSNet:
         missing = bank.names[int((~bank.has["mask"]).nonzero()[0])]
         raise UserError(f"{args.data}: {missing} has no mask, and CLASS learns from masks; put it "
                         "into a folder masks/ beside the images")
-    flags = harness.plain_flags(args)
+    flags = harness.plain_flags(args, bank.names)
     done = harness.resume(folder, "class_net", 1, flags, net, optimiser)
     harness.save_args(flags, args, folder)
     log = runtime.Log(folder, args.epochs, done, quiet=not world.main)

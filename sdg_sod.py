@@ -43,18 +43,18 @@ Departures, and choices where the paper is silent:
     mmsegmentation's width, 512.
  D3 F3Net's loss as its paper has it, both terms weighted; --bce coded: as its code has it, where a
     misspelt argument cancels the weights of the cross-entropy.
- D4 SegFormer's AdamW: weight decay 0.01 but on norms and biases, warm-up, linear decay; one rate
-    for all, where SegFormer's head has ten times that of its encoder; batches of 16; 40 more epochs
-    for guide, where the paper names 80 in all. Flips, and F3Net's crops of up to an eighth of each
-    axis.
+ D4 SegFormer's AdamW: weight decay 0.01 but on norms and (here) biases, warm-up, linear decay; one
+    rate for all, where SegFormer's head has ten times that of its encoder; batches of 16; 40 more
+    epochs for guide, where the paper names 80 in all. Flips, and F3Net's crops of up to an eighth
+    of each axis.
  D5 the captioner starts from ImageNet's weights (VirTex: at random), whose BatchNorm statistics
     it keeps, and learns with AdamW at one rate and flips (left and right change places in the
     words) for 20 epochs of batches of 16; VirTex with SGD, Lookahead, crops, colours, the CNN's
     rate 200 times the text's, 500,000 steps of 256. Ours is untested at that size.
  D6 the features of the CNN are standardised; without it (--plain-grid, VirTex) our captioners had
     learnt to speak long before they learnt to look. On shapes the grid also holds shallower maps,
-    since the tiny CNN's deepest one has forgotten colours. Words are whole words, the 10,000 most
-    frequent ones; VirTex's are pieces.
+    since the tiny CNN's deepest one has forgotten colours. Words are whole words, the most frequent
+    ones, 10,000 with three special ones; VirTex's are pieces.
  D7 a word's map is the attention of the step that predicts it (--attn-row read: that reads it) in
     the forward direction's last layer, mean of the heads, without the start and the end; the
     start token is read before them, also with --released.
@@ -89,16 +89,16 @@ from common.bank import Bank, batches, crop, draw_crops, epoch_order
 from common.captions import END, LENGTH, PAD, START, tokenise
 from common.datasets import open_set
 from common.published import MIT_HEADS, mit_state, read_state, virtex_state
-from common.rivals import ContextDecoder
+from common.rivals import ContextDecoder, resize
 from common.runtime import UserError, autocast, generator, progress, save_png
 
 STAGES = ("sod", "caption", "control", "guide")
 PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
          "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "taps": 1, "freeze": False,
-         "beam": 5, "captions": "COCO-captions"}
+         "beam": 5, "attn_row": "predict", "captions": "COCO-captions"}
 SHAPES = {"epochs": (20, 40, 6, 6), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
           "encoder": "mit_tiny", "backbone": "tiny", "hidden": 256, "taps": 4, "freeze": True,
-          "beam": 5, "captions": None}
+          "beam": 5, "attn_row": "predict", "captions": None}
 PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S",  # Table 1
               "COCO-captions-val"]                                    # for the captioner
 MIT = {  # channels, layers and heads of the four levels, width of the decoder
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="guided scales, from 1, the finest, Table 3 [all the decoder sees]")
     method.add_argument("--attn-norm", choices=("minmax", "max", "mean", "l1"), default="minmax",
                         help="normalise in Eq. 3, see D8 [minmax]")
-    method.add_argument("--attn-row", choices=("predict", "read"), default="predict", help="see D7")
+    method.add_argument("--attn-row", choices=("predict", "read"), help="see D7 [predict]")
     method.add_argument("--xi-init", choices=("zero", "normal"), default="zero", help="see D9")
     method.add_argument("--maps", choices=("own", "other"), default="own",
                         help="other: train with another photo's map, to see if it matters [own]")
@@ -174,6 +174,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
                         "them, or leave it out")
     if args.maps == "other" and args.live:
         raise UserError("--maps other needs maps made beforehand: leave out --live")
+    if args.size < 32:
+        raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 32")
     if args.hidden % 64:
         raise UserError(f"--hidden {args.hidden} is not a multiple of 64, the width of a head")
     if not 0 <= args.crop < 1:
@@ -181,9 +183,9 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.eval is None and args.data == "DUTS-TR":
         args.eval = harness.present(PAPER_SETS, args.data_root)
     elif args.eval is None:
-        args.eval = [args.data.split("@")[0] + "-test"] if small else []
-    if small:
-        print("preset for shapes: " + ", ".join(f"{name} {getattr(args, name)}" for name in SHAPES))
+        parts = [part.split("@")[0].removesuffix("-test") for part in args.data.split("+")]
+        args.eval = ["+".join(f"{part}-test" for part in parts)] if small else []
+    harness.show_preset(args, SHAPES)
 
 
 # ---- Model: the PVT-SOD branch -------------------------------------------------------------------
@@ -295,11 +297,6 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def resize(x: Tensor, like: Tensor) -> Tensor:
-    """Bilinear, to the height and width of `like`."""
-    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
-
-
 class Guidance(nn.Module):
     """Eq. 3 at some scales: F + xi(F * normalise(sum of the resized maps)).
 
@@ -324,7 +321,7 @@ class Guidance(nn.Module):
         return guided
 
     def normalise(self, m: Tensor) -> Tensor:
-        """[B, 1, h, w], not negative, to the same; a map that is 0 everywhere, or flat, to 0."""
+        """[B, 1, h, w], not negative, to the same; a map of zeros, with minmax a flat one, to 0."""
         mean, top = m.mean((2, 3), keepdim=True), m.amax((2, 3), keepdim=True)
         low = m.amin((2, 3), keepdim=True) if self.kind == "minmax" else 0
         # a word's map sums to 1 over 49 cells: 49 times the mean of the sum is T
@@ -419,7 +416,8 @@ class Captioner(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         for name, p in self.named_parameters():
             if p.dim() > 1 and not name.startswith("encoder."):
-                nn.init.normal_(p, std=0.64 / math.sqrt(p.shape[1]))     # 0.02 at 1024, as VirTex
+                # VirTex: 0.02, as here of what takes in 1,024 numbers (narrower where more come in)
+                nn.init.normal_(p, std=0.64 / math.sqrt(p.shape[1]))
         nn.init.zeros_(self.words.weight[PAD].data)
 
     def see(self, image: Tensor) -> Tensor:
@@ -462,9 +460,9 @@ class Captioner(nn.Module):
             p = self.read(grid, shown)[0][:, -1].float().log_softmax(1)  # [B b, V]
             p = p.scatter(1, tokens[:, -1:], -math.inf) if t else p
             ended = tokens[:, -1] == END
-            p[ended] = -math.inf
-            p[ended, END] = 0
-            p, word = p.topk(b if t == 0 else min(2, b))                 # [B b, k]
+            p = p.masked_fill(ended[:, None], -math.inf)
+            p[:, END] = p[:, END].masked_fill(ended, 0)
+            p, word = p.topk(min(2 if t else b, b, p.shape[1]))          # [B b, k]
             score, best = (score.view(-1, 1) + p).view(n, -1).topk(b)    # [B, b]
             beam = best // p.shape[1] + b * torch.arange(n, device=grid.device)[:, None]
             word = word.view(n, -1).gather(1, best)
@@ -549,15 +547,16 @@ def load_captioner(path: str | Path, args: argparse.Namespace, saved: dict | Non
     that describe it. --vocabulary replaces its words."""
     saved = saved or runtime.torch_load(path)
     if "method" in saved:
-        of = f"{saved['method']} stage {saved['stage']}"
+        of = f"{saved['method']} stage {saved.get('stage')}"
         if of != "sdg_sod stage caption":
             raise UserError(f"{path} is a checkpoint of {of}, not of sdg_sod stage caption")
         state = saved["model"]
         for name in CAPTIONER:
             setattr(args, name, saved["args"][name])
     else:
-        state = virtex_state(saved.get("model", saved))
-        if "words.weight" not in state:
+        state = saved.get("model", saved)
+        state = virtex_state(state) if isinstance(state, dict) else {}
+        if getattr(state.get("words.weight"), "ndim", 0) != 2:
             raise UserError(f"{path} holds neither a captioner of sdg_sod.py nor one of VirTex")
         count, args.hidden = state["words.weight"].shape
         args.layers = len({key.split(".")[1] for key in state if key.startswith("forwards.")})
@@ -571,8 +570,8 @@ def load_captioner(path: str | Path, args: argparse.Namespace, saved: dict | Non
     return captioner
 
 
-def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int, Loss]:
-    """Network, number of images and loss of stage caption."""
+def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, Bank, Loss]:
+    """Network, photos and loss of stage caption."""
     heard = captions.Overheard(open_set(args.captions, args.data_root, masks=False))
     bank = Bank(heard, GRID, args.device, folder)
     if not all(heard.captions):
@@ -592,7 +591,7 @@ def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, int
         with autocast(args.device, args.amp):
             logits = net(bank.images(index, flip), said)
         return caption_loss(logits, said)
-    return net, len(bank), loss
+    return net, bank, loss
 
 
 def make_net(stage: str, args: argparse.Namespace, captioner: Captioner | None = None) -> SDGSOD:
@@ -669,7 +668,11 @@ def start_net(stage: str, args: argparse.Namespace) -> SDGSOD:
 def check_files(stages: Sequence[str], args: argparse.Namespace) -> None:
     """Raise `UserError` now for a file or a set that a later stage would refuse after hours."""
     if "caption" in stages:
-        open_set(args.captions, args.data_root, masks=False)
+        if open_set(args.captions, args.data_root, masks=False)[0]["caption"] is None:
+            raise UserError(f"--captions {args.captions}: not every picture has a caption")
+        if args.vocabulary:
+            raise UserError("--vocabulary is for VirTex's captioner (--captioner FILE): ours knows "
+                            "its words")
         make_backbone(args)
     if {"control", "guide"} & set(stages[1:]):
         open_set(args.data, args.data_root)
@@ -680,7 +683,7 @@ def check_files(stages: Sequence[str], args: argparse.Namespace) -> None:
                 load_captioner(args.captioner, argparse.Namespace(**vars(args)))
 
 
-def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD, int, Loss]:
+def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD, Bank, Loss]:
     """Network, number of images and loss of the stages sod, control and guide."""
     dataset = open_set(args.data, args.data_root)
     if args.decoder in ("psp", "aspp", "apc") and \
@@ -708,7 +711,7 @@ def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD
         with autocast(args.device, args.amp):
             logit = net(image, m)
         return structure_loss(logit, mask, args.bce)
-    return sdg, len(bank), loss
+    return sdg, bank, loss
 
 
 @torch.no_grad()
@@ -737,7 +740,7 @@ def train(stage: str, args: argparse.Namespace) -> nn.Module:
     world, folder, at = args.world, args.out / stage, STAGES.index(stage)
     epochs, args.lexicon = args.epochs[at], None     # the stages caption and guide set the lexicon
     torch.manual_seed(args.seed)
-    net, count, loss = caption_task(args, folder) if stage == "caption" else \
+    net, bank, loss = caption_task(args, folder) if stage == "caption" else \
         sod_task(stage, args, folder)
     if args.compile:
         net.compile()
@@ -745,7 +748,7 @@ def train(stage: str, args: argparse.Namespace) -> nn.Module:
     optimiser = torch.optim.AdamW([  # matrices decay, norms and biases do not
         {"params": [p for p in learnt if p.dim() > 1], "weight_decay": 0.01},
         {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}])
-    flags = harness.plain_flags(args) | {"epochs": epochs, "lr": args.lr[at]}
+    flags = harness.plain_flags(args, bank.names) | {"epochs": epochs, "lr": args.lr[at]}
     short = {name: value for name, value in flags.items() if name != "lexicon"}  # 10,000 words
     check_lexicon(stage, args)
     done = harness.resume(folder, "sdg_sod", stage, short, net, optimiser)
@@ -755,7 +758,7 @@ def train(stage: str, args: argparse.Namespace) -> nn.Module:
     watch = None if stage == "caption" else harness.Watch(judging(stage, args))
     for epoch in range(done + 1, epochs + 1):
         net.train()
-        mean, images = train_epoch(stage, parallel, loss, optimiser, count, epoch, args)
+        mean, images = train_epoch(stage, parallel, loss, optimiser, len(bank), epoch, args)
         runtime.require_finite(mean, epoch)
         world.average_statistics(net)                                    # D11
         picture = folder / "vis" / f"epoch_{epoch:03d}.png"
@@ -881,11 +884,12 @@ def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
     ours = "method" in saved
     args.out = args.out or (harness.run_of(path, STAGES) if ours else
                             Path("runs", "sdg_sod-released"))
-    if not ours or saved["stage"] == "caption":
-        was = saved["args"] if ours else {"data": "DUTS-TR", "size": GRID, "beam": PAPER["beam"],
+    if not ours or saved.get("stage") == "caption":
+        was = saved["args"] if ours else {**PAPER, "data": "DUTS-TR", "size": GRID,
                                           "released": args.released}
         args.data, args.released = was["data"], was["released"]
-        args.size, args.beam = args.size or was["size"], args.beam or was["beam"]
+        for name in ("size", "beam", "attn_row"):
+            setattr(args, name, getattr(args, name) or was[name])
         stage, net = "caption", load_captioner(path, args, saved)
     else:
         names = (*CAPTIONER, "encoder", "decoder", "width", "scales", "attn_norm", "attn_row",
@@ -928,7 +932,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     fill_defaults(args)
     harness.prepare(args, "sdg_sod", captions=True)
-    small, results = args.data.startswith("shapes"), {}
+    small, results = harness.is_shapes(args.data), {}
     stages = (args.stage,) if args.stage else STAGES if small else ("sod", "caption", "guide")
     if not args.stage:  # what was given need not be trained
         given = {"sod": args.sod, "caption": args.captioner}
@@ -936,7 +940,8 @@ def main(argv: list[str] | None = None) -> None:
     check_files(stages, args)
     for stage in stages:
         results |= evaluate(stage, train(stage, args), args)
-        harness.save_results(results, args, args.out / stage)
+        if stage != "caption":
+            harness.save_results(results, args, args.out / stage)
     harness.gallery([f"{stage}/pred/{{}}-{stage}" for stage in ("sod", "control", "guide")
                      if (args.out / stage).exists()], judging("sod", args))
 

@@ -136,12 +136,11 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.backbone_weights = "moco200"
     parts = [part.split("@")[0] for part in args.data.split("+")]
     if args.eval is None and small:
-        args.eval = [f"{part}-test" for part in parts]
+        args.eval = [f"{part.removesuffix('-test')}-test" for part in parts]
     elif args.eval is None:
         sets = [name for part in parts for name in PAPER_SETS.get(part, "").split()]
         args.eval = harness.present(sets, args.data_root)
-    if small:
-        print("preset for shapes: " + ", ".join(f"{name} {getattr(args, name)}" for name in SHAPES))
+    harness.show_preset(args, SHAPES)
 
 
 # ---- Model: stage 1 ------------------------------------------------------------------------------
@@ -189,8 +188,7 @@ class CueExtractor(nn.Module):
         Positive is salient. The first size decides on it for all of them (D6).
         """
         thetas = [self.activation(image[:, :3]) for image in images]
-        signs = [self.sign(theta) for theta in (thetas if self.released else thetas[:1])]
-        signs *= len(thetas) // len(signs)
+        signs = [self.sign(theta if self.released else thetas[0]) for theta in thetas]
         return [resize(sign * theta, image) for sign, theta, image in zip(signs, thetas, images)]
 
 
@@ -428,7 +426,8 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
                                  {"params": parts[True], "scale": 0.1}],
                                 momentum=0.9, weight_decay=5e-4 if stage == 1 else 0)
     bank = Bank(dataset, args.size, args.device, folder, parts=("image", "modality"))
-    flags = harness.plain_flags(args) | {"epochs": epochs, "lr": args.lr[stage - 1]}
+    flags = harness.plain_flags(args, bank.names)
+    flags |= {"epochs": epochs, "lr": args.lr[stage - 1]}
     done = harness.resume(folder, METHOD, stage, flags, net, optimiser, labels)
     harness.save_args(flags, args, folder)
     log, watch = runtime.Log(folder, epochs, done, quiet=not world.main), harness.Watch(args)
@@ -481,7 +480,7 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
         scales = [pair]
         if args.multi_scale == "on":
             share = SIDES[torch.randint(len(SIDES), (), generator=draw)]
-            side = max(32, round(share * args.size / 32) * 32)
+            side = max(64, round(share * args.size / 32) * 32)
             scales += [F.interpolate(pair, (side, side), mode="bilinear", align_corners=True)]
         with autocast(args.device, args.amp):
             out = net(*scales)
@@ -641,7 +640,8 @@ def open_base(args: argparse.Namespace) -> None:
             raise UserError(f"{path} is missing, the network to transfer; train it: python "
                             f"unified_usod.py --data {args.data} --out {args.base}")
     harness.restore(paths[0], METHOD, args, FIXED, FREE)
-    small = args.data.startswith("shapes")
+    harness.restore(paths[1], METHOD, args, ("width",), ())  # stage 1 has no use for it
+    small = harness.is_shapes(args.data)
     args.data = TARGETS.get(args.transfer, (args.transfer,) * 2)[small]
     args.out = args.base / f"to-{Path(args.transfer).name}"
 
@@ -653,6 +653,7 @@ def zero_shot(args: argparse.Namespace) -> harness.Results:
         net, path = make_net(stage, args, "none"), args.base / f"stage{stage}" / "last.pt"
         runtime.load_state(net, runtime.load_checkpoint(path, METHOD, stage)["model"], path)
         results |= evaluate(stage, net, args, "-zero-shot")
+    harness.save_results(results, args, args.out / "zero-shot")
     return results
 
 
@@ -722,6 +723,8 @@ def main(argv: list[str] | None = None) -> None:
         open_base(args)
     fill_defaults(args)
     harness.prepare(args, METHOD)
+    if args.transfer:
+        open_set(args.data, args.data_root, masks=False)  # missing? Say so before hours of scoring
     results = zero_shot(args) if args.transfer else {}
     for stage in (1, 2) if args.stage is None else (int(args.stage),):
         net = train(stage, args)

@@ -28,9 +28,10 @@ from common.runtime import UserError, World, generator, parallel_map, progress
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on `device`."""
+    """Free bytes on `device`, those that PyTorch keeps from an earlier stage included."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on Windows

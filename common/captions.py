@@ -1,6 +1,6 @@
 """Captions as data: words, vocabulary, tokens, scores, and pictures of where words look.
 
-    words = vocabulary(captions)               # the 10,000 most frequent, after three special ones
+    words = vocabulary(captions)               # the most frequent, 10,000 with three special ones
     tokens, counts = tokenise(captions, words)  # [N, most captions, 30] and captions per photo [N]
     tokens = mirrored(words)[tokens]           # the captions of the mirrored photos
     said, maps = spoken(tokens, maps, words)   # what a captioner wrote, and where each word looks

@@ -100,7 +100,7 @@ def load_mask(path: str | Path) -> torch.Tensor:
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """All captions by stem, from the usual files in `folder` or one level below.
+    """All captions by stem and by path, from the usual files in `folder` or one level below.
 
     captions_*.json (COCO), Flickr8k.token.txt (name.jpg#0, tab, text), captions.txt (csv with the
     columns image,caption). Raises `UserError` for a file of another form.
@@ -119,8 +119,11 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
                 else:
                     rows = [re.split(r"#\d+\t", line) for line in text.splitlines() if line]
                 for name, caption in rows:
-                    captions[Path(name).stem].append(caption.strip())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    photo = Path(name)
+                    for key in {photo.stem, photo.with_suffix("").as_posix()}:
+                        captions[key].append(caption.strip())
+            except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError,
+                    csv.Error) as error:
                 raise UserError(f"{path} does not hold captions in a known form ({error!r}); "
                                 "fetch it again or rename it") from None
     return captions
@@ -213,8 +216,9 @@ class Folder(Dataset):
         needs = dict.fromkeys((*needs, *kinds))  # a folder of depth maps must be whole, too
         files = {role: by_name(rows[role]) for role in ("image", *needs)}
         captions = read_captions(folder)
-        files["caption"] = {name: captions[file.stem] for name, file in files["image"].items()
-                            if file.stem in captions}
+        files["caption"] = {name: captions.get(name) or captions[file.stem]
+                            for name, file in files["image"].items()
+                            if name in captions or file.stem in captions}
         names = files["image"].keys()
         if sparse:
             names = names & files.get("mask", names)

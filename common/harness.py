@@ -4,6 +4,7 @@ The flags are spelt once here, so that they mean the same in every script. Nothi
 method: a network is a function from images [B, 3, S, S] in [0, 1] to saliency logits [B, 1, S, S].
 """
 import argparse
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from common.crf import dense_crf, photo_sxy
 from common.curves import write_curves
 from common.datasets import MissingSet, load_image, open_set
 from common.metrics import Metrics, table, to_uint8
+from common.registry import SHAPES
 from common.runtime import UserError, progress, save_json, save_png, save_text
 
 
@@ -30,6 +32,20 @@ def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """An argparse type: a learning rate above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return float(text)
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed of torch's generators."""
+    if not text.isdigit() or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
@@ -54,17 +70,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     train = parser.add_argument_group("optimisation")
     train.add_argument("--epochs", type=positive, help="total number of epochs, of each stage")
     train.add_argument("--batch-size", type=positive, help="over all processes")
-    train.add_argument("--lr", type=float, help="initial learning rate")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--lr", type=rate, help="highest learning rate, of each stage")
+    train.add_argument("--seed", type=seed, default=0)
     run = parser.add_argument_group("runtime")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     run.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto",
                      help="bf16 autocast; auto: on CUDA only. Losses are always fp32 [auto]")
     run.add_argument("--compile", action="store_true", help="torch.compile the network")
-    run.add_argument("--dry-run", action="store_true", help="two steps of every phase")
+    run.add_argument("--dry-run", action="store_true", 
+                     help="two steps of every epoch, two batches of everything else")
     out = parser.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="run folder [runs/<script>-<data>]")
-    out.add_argument("--resume", action="store_true", help="continue from the run folder's last.pt")
+    out.add_argument("--resume", action="store_true", 
+                     help="continue from the run folder's last.pt; with --stage 2 without making "
+                     "the labels of stage 1 again")
     out.add_argument("--weights", type=Path, metavar="FILE", help="for --eval and --predict")
     out.add_argument("--predict", type=Path, metavar="PATH", help="map a photo or a folder of them")
     out.add_argument("--cutout", action="store_true", help="--predict also writes RGBA cut-outs")
@@ -75,14 +94,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(pairs=False)  # True: the networks see a photo and its modality, `stack`
 
 
+def is_shapes(data: str) -> bool:
+    """Whether --data names nothing but built-in sets: 'shapes+shapes-depth@list.txt'."""
+    return all(part.split("@")[0] in SHAPES for part in data.split("+"))
+
+
 def use_preset(args: argparse.Namespace, paper: dict, shapes: dict) -> bool:
     """Replace every None that is named there by the paper's value, or on the built-in shapes by the
-    small preset's. -> True on shapes"""
-    small = args.data.startswith("shapes")
+    small preset's; without --eval, --predict scores nothing. -> True on shapes"""
+    small = is_shapes(args.data)
+    if args.predict:
+        args.eval = args.eval or []
     for name, value in (shapes if small else paper).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return small
+
+
+def show_preset(args: argparse.Namespace, shapes: dict) -> None:
+    """Print the small preset, where it is used to train."""
+    if is_shapes(args.data) and not args.weights and os.environ.get("RANK", "0") == "0":
+        print("preset for shapes: " + ", ".join(f"{name} {getattr(args, name)}" for name in shapes))
 
 
 def prepare(args: argparse.Namespace, method: str, captions: bool = False) -> None:
@@ -141,11 +173,14 @@ def present(names: list[str], root: str) -> list[str]:
     return found
 
 
-def plain_flags(args: argparse.Namespace) -> dict:
-    """The flags as plain values, for checkpoints and args.json."""
+def plain_flags(args: argparse.Namespace, photos: Sequence[str]) -> dict:
+    """The flags as plain values, for checkpoints and args.json, and which photos are trained on:
+    their number, and a digest of their names."""
     plain = (int, float, str, list, tuple, type(None))
-    return {key: value if isinstance(value, plain) else str(value)
-            for key, value in vars(args).items() if key != "world"}
+    names = "\n".join(photos).encode(errors="backslashreplace")
+    flags = {key: value if isinstance(value, plain) else str(value)
+             for key, value in vars(args).items() if key != "world"}
+    return flags | {"photos": f"{len(photos)} ({hashlib.sha256(names).hexdigest()[:8]})"}
 
 
 def save_args(flags: dict, args: argparse.Namespace, folder: Path) -> None:
@@ -169,8 +204,8 @@ def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
            optimiser: torch.optim.Optimizer, labels: MapBank | None = None) -> int:
     """Restore all that `save` wrote and return the number of finished epochs, 0 without --resume.
 
-    Raises `UserError` if the checkpoint was trained with other flags, or if a dry run would
-    overwrite that of a full one.
+    Raises `UserError` if the checkpoint was trained with other flags or on other photos, or if a
+    dry run would overwrite that of a full one.
     """
     path = folder / "last.pt"
     if not path.exists() or not flags["resume"] and not flags["dry_run"]:
@@ -180,8 +215,12 @@ def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
         if not saved["args"].get("dry_run"):
             raise UserError(f"--dry-run would overwrite {path}: give it an --out of its own")
         return 0
+    photos = saved["args"].get("photos", flags["photos"])
+    if photos != flags["photos"]:
+        raise UserError(f"{path} was trained on other photos, {photos} instead of "
+                        f"{flags['photos']}: give another --out for a new run")
     free = {"out", "data_root", "device", "compile", "eval", "watch", "resume", "weights", "stage",
-            "predict", "cutout", "crf", "base"}
+            "predict", "cutout", "crf", "base", "photos"}
     other = [spell(key, saved["args"].get(key)) for key in flags
              if key not in free and flags[key] != saved["args"].get(key)]
     if other:
@@ -208,6 +247,8 @@ def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[s
     """A finished checkpoint of `method`. The flags in `names`, and those in `free` that were not
     given, are set as they were in its training."""
     saved = runtime.load_checkpoint(path, method)
+    if not {"args", "model"} <= saved.keys():
+        raise UserError(f"{path} lacks the flags or the weights of a checkpoint; make it again")
     for name in (*names, *(name for name in free if getattr(args, name) is None)):
         setattr(args, name, saved["args"][name])
     return saved

@@ -71,7 +71,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a .safetensors file, or of one that torch wrote; raises `UserError`."""
     if Path(path).suffix != ".safetensors":
         return read_weights(Path(path))
-    kinds = {"F32": torch.float32, "F16": torch.float16, "I64": torch.int64}
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I64": torch.int64}
     try:  # the length of the header, the header in JSON, the numbers
         raw = bytearray(Path(path).read_bytes())
         start = 8 + int.from_bytes(raw[:8], "little")
@@ -79,6 +80,6 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
                                       count=math.prod(entry["shape"]),
                                       offset=start + entry["data_offsets"][0]).view(entry["shape"])
                 for key, entry in json.loads(raw[8:start]).items() if key != "__metadata__"}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is not a readable .safetensors file ({error!r}); fetch it again"
                         ) from None

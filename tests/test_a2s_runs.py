@@ -228,6 +228,53 @@ def test_resuming_with_other_flags_is_refused(base, tmp_path):
                       "--epochs", "9", "--lr", "0.3"])
 
 
+def test_resuming_on_other_photos_is_refused(base, lists, tmp_path):
+    """One name replaced by another: the labels in the checkpoint would shift by one."""
+    folder, flags = base
+    names = (lists / "train.txt").read_text().split()
+    (tmp_path / "train.txt").write_text("\n".join([*names[1:], Shapes("train").names[40]]))
+    flags = [f"shapes@{tmp_path}/train.txt" if "/train.txt" in flag else flag for flag in flags]
+    saved = last(folder, 1)
+    saved["args"]["data"] = flags[flags.index("--data") + 1]              # the list was edited
+    (tmp_path / "run" / "stage1").mkdir(parents=True)
+    torch.save(saved, tmp_path / "run" / "stage1" / "last.pt")
+    with pytest.raises(UserError, match=r"other photos, 16 \(\w{8}\) instead of 16 \(\w{8}\)"):
+        a2s.main([*flags, "--stage", "1", "--out", str(tmp_path / "run"), "--resume"])
+
+
+def test_a_photo_is_predicted_without_evaluation_sets(base, tmp_path, monkeypatch):
+    """A network of MSRA-B is judged by six sets, none of which --predict may ask for."""
+    saved = last(base[0], 2)
+    saved["args"]["data"] = "MSRA-B"
+    torch.save(saved, tmp_path / "last.pt")
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(a2s.harness, "present", lambda *_: pytest.fail("asked for sets"))
+    a2s.main(["--weights", str(tmp_path / "last.pt"), "--predict", str(tmp_path / "photo.png"),
+              "--device", "cpu", "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "predict" / "photo.png").size == (50, 40)
+
+
+def test_the_unary_of_a_checkpoint_can_be_changed(base):
+    for more, unary in (([], "hard"), (["--unary", "soft"], "soft")):
+        args = a2s.build_parser().parse_args([*more, "--device", "cpu", "--eval", "shapes-test"])
+        a2s.load(base[0] / "stage1" / "last.pt", args)
+        assert args.unary == unary
+
+
+@pytest.mark.parametrize("flag, value", [("--lr", "-1"), ("--lr", "nan"), ("--lr", "fast"),
+                                         ("--seed", "9" * 20), ("--seed", "-1")])
+def test_numbers_that_cannot_be(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        a2s.build_parser().parse_args([flag, value])
+    assert f"argument {flag}: " in capsys.readouterr().err
+
+
+def test_built_in_shapes_are_told_from_folders_of_that_name():
+    for data, small in (("shapes", True), ("shapes@a.txt+shapes-depth@b.txt", True),
+                        ("shapes_photos", False), ("shapes+photos", False)):
+        assert a2s.harness.is_shapes(data) == small
+
+
 # ---- Two processes -------------------------------------------------------------------------------
 def test_two_processes_equal_one_up_to_rounding(flags, tmp_path):
     """With BatchNorm's statistics frozen; with --bn batch each process sees half a batch."""

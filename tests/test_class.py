@@ -301,7 +301,7 @@ def test_a_checkpoint_brings_its_flags_along(tmp_path):
     made.device = torch.device("cpu")
     state = class_net.make_net(made, "none").state_dict()
     save_checkpoint(tmp_path / "last.pt", method="class_net", stage=1, epoch=1, model=state,
-                    args=harness.plain_flags(made), optimiser={}, labels=None)
+                    args=harness.plain_flags(made, []), optimiser={}, labels=None)
     args = class_net.build_parser().parse_args(["--device", "cpu"])
     ours = class_net.load(tmp_path / "last.pt", args)
     assert ours.encoder.before_pooling and args.size == 64 and ours.encoder.std.flatten()[0] == 1

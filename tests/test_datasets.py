@@ -160,6 +160,22 @@ def test_sample_holds_what_the_docstring_says(tmp_path):
     assert sample["size"] == (4, 6) and sample["name"] == "a"
 
 
+def test_captions_of_clips_whose_frames_share_their_names(tmp_path):
+    draw(tmp_path / "images/a/1.jpg")
+    draw(tmp_path / "images/b/1.jpg")
+    (tmp_path / "captions.txt").write_text("image,caption\na/1.jpg,a red dog\nb/1.jpg,a cat\n")
+    assert [s["caption"] for s in open_set(tmp_path, masks=False)] == [["a red dog"], ["a cat"]]
+
+
+@pytest.mark.parametrize("text", ['image,caption\n"' + "a" * 140_000, "folder"])
+def test_odd_caption_files_are_one_sentence(tmp_path, text):
+    draw(tmp_path / "images/a.jpg")
+    file = tmp_path / "captions.txt"
+    file.mkdir() if text == "folder" else file.write_text(text)
+    with pytest.raises(UserError, match="captions.txt does not hold captions in a known form"):
+        open_set(tmp_path, masks=False)
+
+
 def test_clips_keep_their_folder_in_the_name(tmp_path):
     clips = ["bear/000", "bear/001", "cat/000"]
     pairs(tmp_path / "inner", clips, "JPEGImages/{}.jpg", "Annotations/{}.png")

@@ -111,6 +111,12 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path, capsys):
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
+def test_a_line_that_a_crash_has_cut_is_forgotten(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3, "lo')
+    runtime.Log(tmp_path, 4, done=2)
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
 def test_a_loss_that_is_no_number_stops():
     runtime.require_finite(1.5, 3)
     for value in (float("nan"), float("inf")):

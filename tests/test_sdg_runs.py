@@ -453,7 +453,38 @@ def test_sets_without_masks_or_captions_are_refused(flags, tmp_path):
         "--data", tmp_path, "--captions", tmp_path, "--stage", "caption", *rest)
 
 
+def test_what_stage_caption_would_refuse_is_refused_before_stage_sod(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(sdg_sod, "train", lambda *_: pytest.fail("trained first"))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "images" / "photo.jpg")
+    assert "not every picture has a caption" in refused(*flags, "--captions", tmp_path)
+    assert "--vocabulary is for VirTex's captioner" in refused(*flags, "--vocabulary", "a.vocab")
+
+
+def test_the_caption_stage_writes_no_saliency_scores(base):
+    assert not (base[0] / "caption" / "eval.json").exists()
+    assert (base[0] / "guide" / "curves.svg").exists()
+
+
+def test_a_captioner_brings_along_which_row_is_a_word_s_map(base, tmp_path):
+    saved = last(base[0], "caption")
+    saved["args"]["attn_row"] = "read"
+    torch.save(saved, tmp_path / "last.pt")
+    for more, row in (([], "read"), (["--attn-row", "predict"], "predict")):
+        args = sdg_sod.build_parser().parse_args(["--device", "cpu", *more])
+        args.lexicon, args.eval = None, ["shapes-test"]
+        assert sdg_sod.load(tmp_path / "last.pt", args)[1].row == row
+
+
+@pytest.mark.parametrize("content", [{0: torch.ones(1)}, {"model": [1]}, {"method": "sdg_sod"},
+                                     {"model": {"words.weight": torch.ones(1)}}])
+def test_odd_files_are_no_captioner(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    assert "x.pt" in refused("--weights", tmp_path / "x.pt", "--eval", "shapes-test")
+
+
 @pytest.mark.parametrize("extra, sentence", [
+    (["--size", "31"], "--size 31 leaves nothing"),
     (["--hidden", "100"], "--hidden 100 is not a multiple of 64"),
     (["--crop", "1"], "--crop 1.0 is not a share"),
     (["--encoder", "mit_b3"], "--encoder-weights: give a file with the weights of mit_b3"),

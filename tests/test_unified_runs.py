@@ -222,6 +222,8 @@ def test_transfer_trains_the_adapter_alone_and_reports_zero_shot(base, lists):
     assert all(torch.equal(before[key], after[key]) for key in before)
     new = after.keys() - before.keys()
     assert new and all(key.startswith("adapter.") for key in new)
+    first = json.loads((out / "zero-shot" / "eval.json").read_text())     # kept before training
+    assert len(first) == 3 and all(row.endswith("-zero-shot") for row in first)
     before, after = (last(f, 2)["model"]["heads.0.weight"] for f in (folder, out))
     assert not torch.equal(before, after)
     rows = list(json.loads((out / "stage2" / "eval.json").read_text()))
@@ -351,6 +353,23 @@ def test_weights_with_nothing_to_do_are_refused():
     args.eval = []                                                        # as of a run on photos
     with pytest.raises(UserError, match="--eval SET or --predict PATH"):
         usod.harness.prepare(args, "unified_usod")
+
+
+def test_transfer_with_missing_data_is_refused_before_any_scoring(base, monkeypatch):
+    folder, flags = base
+    monkeypatch.setattr(usod, "zero_shot", lambda args: pytest.fail("scored first"))
+    assert "nowhere" in refused(*flags, "--transfer", "nowhere/clips", "--eval", "shapes-test")
+
+
+def test_transfer_takes_the_width_of_stage_2(base, monkeypatch):
+    folder, _ = base
+    found = [last(folder, 1), last(folder, 2)]
+    found[0]["args"]["width"] = 1.0                       # trained by another command, unused there
+    monkeypatch.setattr(usod.runtime, "load_checkpoint",
+                        lambda path, *_: found["stage2" in str(path)])
+    args = usod.build_parser().parse_args(["--transfer", "video", "--out", str(folder)])
+    usod.open_base(args)
+    assert args.width == 0.05
 
 
 def test_transfer_takes_the_data_from_the_base(base, monkeypatch):
