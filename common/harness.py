@@ -77,11 +77,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto",
                      help="bf16 autocast; auto: on CUDA only. Losses are always fp32 [auto]")
     run.add_argument("--compile", action="store_true", help="torch.compile the network")
-    run.add_argument("--dry-run", action="store_true", 
+    run.add_argument("--dry-run", action="store_true",
                      help="two steps of every epoch, two batches of everything else")
     out = parser.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="run folder [runs/<script>-<data>]")
-    out.add_argument("--resume", action="store_true", 
+    out.add_argument("--resume", action="store_true",
                      help="continue from the run folder's last.pt; with --stage 2 without making "
                      "the labels of stage 1 again")
     out.add_argument("--weights", type=Path, metavar="FILE", help="for --eval and --predict")
