@@ -9,8 +9,8 @@ deep channels that it agrees with, so that an object of many colours stays whole
 fuses both at three levels. The masks supervise pixels (cross entropy), regions (mean and spread in
 a sliding window) and the object (F-measure) at four depths.
 
-    image -> encoder -> E_5 -> bridge -> F_h; its 1x1, two convolutions -> D_5  -> loss / 8
     image -> encoder -> E_5 -> bridge -> F_h; its 1x1, two convolutions -> D_5       -> loss / 8
+                        E_4 -> bridge -> F_4 -> CLA with F_h -> FFM with D_5 -> D_4  -> loss / 4
                         E_3 -> bridge -> F_3 -> CLA with F_h -> FFM with D_4 -> D_3  -> loss / 2
                         E_2 -> bridge -> F_2 -> CLA with F_h -> FFM with D_3 -> D_2  -> loss, map
 
