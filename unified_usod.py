@@ -188,7 +188,8 @@ class CueExtractor(nn.Module):
         Positive is salient. The first size decides on it for all of them (D6).
         """
         thetas = [self.activation(image[:, :3]) for image in images]
-        signs = [self.sign(theta if self.released else thetas[0]) for theta in thetas]
+        signs = [self.sign(theta) for theta in thetas] if self.released else \
+            [self.sign(thetas[0])] * len(thetas)
         return [resize(sign * theta, image) for sign, theta, image in zip(signs, thetas, images)]
 
 
@@ -723,9 +724,10 @@ def main(argv: list[str] | None = None) -> None:
         open_base(args)
     fill_defaults(args)
     harness.prepare(args, METHOD)
+    results = {}
     if args.transfer:
         open_set(args.data, args.data_root, masks=False)  # missing? Say so before hours of scoring
-    results = zero_shot(args) if args.transfer else {}
+        results = zero_shot(args)
     for stage in (1, 2) if args.stage is None else (int(args.stage),):
         net = train(stage, args)
         if stage == 1:
