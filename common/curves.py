@@ -48,9 +48,10 @@ def draw(rows: Mapping[str, Mapping[str, list[float]]]) -> str:
         parts.append('<polyline points="' + " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
                      + f'" stroke-width="{size}" {stroke}/>')
 
-    # After eight rows the colours come again, dashed.
-    strokes = [f'stroke="{COLOURS[i % 8]}"' + ' stroke-dasharray="6 3"' * (i // 8 % 2)
-               for i in range(len(rows))]
+    # After as many rows as there are colours these come again, dashed.
+    turns = (divmod(i, len(COLOURS)) for i in range(len(rows)))
+    strokes = [f'stroke="{COLOURS[i]}"' + ' stroke-dasharray="6 3"' * (turn % 2)
+               for turn, i in turns]
     for panel, (across, up) in enumerate(PANELS):
         x0, y0 = GAP + panel * (PANEL + GAP) - 15, LINE          # the axes' top left corner
         lowest, highest = (pick(value for four in rows.values() for value in four[up])

@@ -37,7 +37,6 @@ a block of S without pixels counts 0 (there NaN), a block of one grey level has 
 level equal to the adaptive threshold is above it, E of a single pixel is divided by 1, not by 0.
 """
 import argparse
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -285,6 +284,7 @@ def table(results: Mapping[str, Mapping], style: str = "text", mark_best: bool =
     mark_best: markdown and LaTeX show the best of each column bold (rows are rivals, not sets).
     """
     bold = {"markdown": "**{}**", "latex": r"\textbf{{{}}}"}.get(style, "{}")
+    special = {"markdown": "|", "latex": "_&%#$"}.get(style, "")
     columns = [["", *results], ["n", *(str(scores["n"]) for scores in results.values())]]
     for name in NAMES:
         cells = ["-" if scores[name] is None else f"{scores[name]:.3f}"
@@ -293,12 +293,8 @@ def table(results: Mapping[str, Mapping], style: str = "text", mark_best: bool =
             best = (min if name == "MAE" else max)(cells)
             cells = [bold.format(cell) if cell == best else cell for cell in cells]
         columns.append([name, *cells])
-    rows = [list(row) for row in zip(*columns)]
-    if style == "latex":
-        rows = [[re.sub(r"([_&%#$])", r"\\\1", row[0]), *row[1:]] for row in rows]
-        rows[0] = [name.replace("_", r"\_") for name in rows[0]]
-    if style == "markdown":
-        rows = [[row[0].replace("|", r"\|"), *row[1:]] for row in rows]
+    rows = [["".join("\\" * (letter in special) + letter for letter in cell) for cell in row]
+            for row in zip(*columns)]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     if style == "markdown":
         rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])

@@ -402,7 +402,7 @@ def curve(value):
 
 
 def test_curves_are_drawn_where_they_belong(tmp_path):
-    """Axes of 300 pixels from the lowest tenth, here 0.4, to 1: a tenth is 50 pixels."""
+    """Axes of 300 pixels, from the tenth below all points, here 0.4, to 1: a tenth is 50 pixels."""
     low = curve(0.45) | {"recall": torch.linspace(0, 1, 256)}
     rows = {"a & b": low} | {f"row {i}": curve(1.0) for i in range(8)}
     write_curves(tmp_path / "c.svg", rows)

@@ -197,9 +197,9 @@ def time_batches(cases, device):
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
-    megabytes = torch.zeros(2 ** 28, dtype=torch.uint8, device=device)
-    copies = [seconds(lambda: (megabytes.clone(), wait())) for _ in range(7)]
-    bandwidth = 2 * len(megabytes) / min(copies)
+    block = torch.zeros(2 ** 28, dtype=torch.uint8, device=device)
+    copies = [seconds(lambda: (block.clone(), wait())) for _ in range(7)]
+    bandwidth = 2 * len(block) / min(copies)
     print(f"\n{f'on {device.type}':16}" + "".join(f"{f'batch {b}':>20}" for b in (1, 8, 32)))
     for name, settings in SETTINGS.items():
         cells = []
