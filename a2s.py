@@ -54,6 +54,7 @@ Not implemented: MINet, the rival detector of Table VII.
 
 Shapes: B batch, H W input size, h w feature size. Images are in [0, 1].
 """
+
 import argparse
 from functools import partial
 from pathlib import Path
@@ -69,10 +70,24 @@ from common.crf import dense_crf, hard_unary, median_filter
 from common.datasets import load_mask, open_set
 from common.runtime import UserError, autocast, generator, progress, save_png
 
-PAPER = {"epochs": (20, 25), "lr": (1.0, 0.005), "batch_size": 8, "size": 320,
-         "backbone": "resnet50", "sxy": 50.0, "srgb": 5.0}
-SHAPES = {"epochs": (3, 3), "lr": (1.0, 0.01), "batch_size": 8, "size": 160,
-          "backbone": "tiny", "sxy": 100.0, "srgb": 20.0}
+PAPER = {
+    "epochs": (20, 25),
+    "lr": (1.0, 0.005),
+    "batch_size": 8,
+    "size": 320,
+    "backbone": "resnet50",
+    "sxy": 50.0,
+    "srgb": 5.0,
+}
+SHAPES = {
+    "epochs": (3, 3),
+    "lr": (1.0, 0.01),
+    "batch_size": 8,
+    "size": 160,
+    "backbone": "tiny",
+    "sxy": 100.0,
+    "srgb": 20.0,
+}
 DECAY = ((10, 16), (15, 20))  # epochs from which on a stage's rate is divided by 10 (Sec. IV-A)
 PAPER_SETS = ["ECSSD", "MSRA-B-test", "DUT-OMRON", "PASCAL-S", "DUTS-TE", "HKU-IS"]  # Table II
 
@@ -80,32 +95,63 @@ PAPER_SETS = ["ECSSD", "MSRA-B-test", "DUT-OMRON", "PASCAL-S", "DUTS-TE", "HKU-I
 # ---- Config --------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
     """All flags. A default of None is the paper's value, or the small preset's on shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     epilog="The docstring of this file explains the method.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="The docstring of this file explains the method.",
+    )
     method = parser.add_argument_group("method")
     method.add_argument("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
     method.add_argument("--released", action="store_true", help="the authors' code (D1 to D7)")
-    method.add_argument("--bn", choices=("stored", "batch"),
-                        help="statistics of the encoder's BatchNorm in training, see D7 [stored]")
+    method.add_argument(
+        "--bn",
+        choices=("stored", "batch"),
+        help="statistics of the encoder's BatchNorm in training, see D7 [stored]",
+    )
     method.add_argument("--alpha", type=float, default=0.1, help="weight of L1 in Eq. 4 [0.1]")
-    method.add_argument("--aux", type=float, nargs=3, default=[0.1, 0.3, 0.5], metavar="W",
-                        help="loss weights of F3 F4 F5; 0 0 0 is variant A1 [0.1 0.3 0.5]")
-    method.add_argument("--drop", type=float, default=0.5, metavar="SHARE",
-                        help="pixels dropped from stage 1's loss; 0 is variant A2 [0.5]")
+    method.add_argument(
+        "--aux",
+        type=float,
+        nargs=3,
+        default=[0.1, 0.3, 0.5],
+        metavar="W",
+        help="loss weights of F3 F4 F5; 0 0 0 is variant A1 [0.1 0.3 0.5]",
+    )
+    method.add_argument(
+        "--drop",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="pixels dropped from stage 1's loss; 0 is variant A2 [0.5]",
+    )
     method.add_argument("--train-encoder", action="store_true", help="in stage 1 too: variant A0")
-    method.add_argument("--boundary", choices=("DB1", "DB2", "DB3", "DB4", "DB5"), default="DB5",
-                        help="decision boundary, Sec. IV-E [DB5]")
-    method.add_argument("--threshold", choices=THRESHOLDS, default="mean",
-                        help="of M, in DB5 [mean]")
-    method.add_argument("--unary", choices=("hard", "soft"),
-                        help="the CRF starts from labels or from probabilities, see D2 [hard]; "
-                        "not with --released")
+    method.add_argument(
+        "--boundary",
+        choices=("DB1", "DB2", "DB3", "DB4", "DB5"),
+        default="DB5",
+        help="decision boundary, Sec. IV-E [DB5]",
+    )
+    method.add_argument(
+        "--threshold", choices=THRESHOLDS, default="mean", help="of M, in DB5 [mean]"
+    )
+    method.add_argument(
+        "--unary",
+        choices=("hard", "soft"),
+        help="the CRF starts from labels or from probabilities, see D2 [hard]; not with --released",
+    )
     method.add_argument("--sxy", type=float, help="CRF's reach in a photo of 320 pixels [50]")
     method.add_argument("--srgb", type=float, help="CRF's tolerance of grey levels [5]")
-    method.add_argument("--detector", choices=("ram", "conv"), default="ram",
-                        help="conv: a convolution instead of RAM, Table VII's dagger [ram]")
-    method.add_argument("--rectify", choices=("olr", "hma", "off"), default="olr",
-                        help="how stage 2 corrects its labels, Table VIII [olr]")
+    method.add_argument(
+        "--detector",
+        choices=("ram", "conv"),
+        default="ram",
+        help="conv: a convolution instead of RAM, Table VII's dagger [ram]",
+    )
+    method.add_argument(
+        "--rectify",
+        choices=("olr", "hma", "off"),
+        default="olr",
+        help="how stage 2 corrects its labels, Table VIII [olr]",
+    )
     method.add_argument("--lam", type=float, default=0.4, help="lambda of Eq. 14 [0.4]")
     harness.add_flags(parser)
     return parser
@@ -118,8 +164,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
     small = harness.use_preset(args, PAPER, SHAPES)
     # one number on the command line serves both stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v, v) for v in (args.epochs, args.lr))
-    args.unary = args.unary or "hard"                                    # D2
-    args.bn = args.bn or ("batch" if args.released else "stored")        # D7
+    args.unary = args.unary or "hard"  # D2
+    args.bn = args.bn or ("batch" if args.released else "stored")  # D7
     if args.eval is None and args.data == "MSRA-B":
         args.eval = harness.present(PAPER_SETS, args.data_root)
     elif args.eval is None:
@@ -138,7 +184,7 @@ class SEBlock(nn.Module):
         self.gate = nn.Conv2d(width, width, 1)
 
     def forward(self, e: Tensor) -> Tensor:
-        f = F.relu(self.norm(self.conv(e)))                              # [B, 64, h, w]
+        f = F.relu(self.norm(self.conv(e)))  # [B, 64, h, w]
         return f * torch.sigmoid(self.gate(f.mean((2, 3), keepdim=True)))
 
 
@@ -162,7 +208,7 @@ class DecisionBoundary(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 1, h, w]"""
         f = f.float()
-        mean = f.mean((2, 3), keepdim=True)                              # f_ [B, C, 1, 1]
+        mean = f.mean((2, 3), keepdim=True)  # f_ [B, C, 1, 1]
         if self.kind == "DB1":
             if self.training:
                 self.running_mean.lerp_(mean.detach().mean(0, keepdim=True), 0.01)
@@ -173,15 +219,21 @@ class DecisionBoundary(nn.Module):
             return (mean * (f - mean)).sum(1, keepdim=True)
         if self.kind == "DB4":
             return self.w(f - mean)
-        m = f.sum(1, keepdim=True)                                       # M [B, 1, h, w]
-        return m - self.threshold(m)                                     # Eq. 3
+        m = f.sum(1, keepdim=True)  # M [B, 1, h, w]
+        return m - self.threshold(m)  # Eq. 3
 
 
 class ActivationNet(nn.Module):
     """Stage 1: a frozen encoder and four SE blocks that aggregate one activation map."""
 
-    def __init__(self, encoder: nn.Module, boundary: str = "DB5", threshold: str = "mean",
-                 train_encoder: bool = False, released: bool = False):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        boundary: str = "DB5",
+        threshold: str = "mean",
+        train_encoder: bool = False,
+        released: bool = False,
+    ):
         super().__init__()
         self.encoder, self.train_encoder, self.released = encoder, train_encoder, released
         self.encoder.requires_grad_(train_encoder)
@@ -194,7 +246,7 @@ class ActivationNet(nn.Module):
         with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
             e1, _, e3, e4, e5 = self.encoder(image)
         if self.released and hasattr(self.encoder, "fc"):
-            e5 = e5 * self.encoder.fc.weight.sum(0).view(1, -1, 1, 1)    # D4
+            e5 = e5 * self.encoder.fc.weight.sum(0).view(1, -1, 1, 1)  # D4
         f3, f4, f5 = self.se3(e3), self.se4(e4), self.se5(e5)
         return self.se0(torch.cat([resize(f, e1) for f in (f3, f4, f5)], 1)), f3, f4, f5
 
@@ -218,18 +270,20 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 
 def otsu(m: Tensor) -> Tensor:
     """Otsu's threshold: the least value on the upper side of the split of greatest V (Eq. 2)."""
-    x = m.detach().flatten(1).sort(1).values                             # [B, N]
+    x = m.detach().flatten(1).sort(1).values  # [B, N]
     if x.shape[1] == 1:
         return m.detach()
-    n, k = x.shape[1], torch.arange(1, x.shape[1], device=x.device)      # k pixels lie below
+    n, k = x.shape[1], torch.arange(1, x.shape[1], device=x.device)  # k pixels lie below
     below = x.cumsum(1)[:, :-1]
     v = k * (n - k) * (below / k - (x.sum(1, keepdim=True) - below) / (n - k)) ** 2
     return x.gather(1, v.argmax(1, keepdim=True) + 1)[..., None, None]
 
 
-THRESHOLDS = {"mean": lambda m: m.mean((2, 3), keepdim=True),  # [B, 1, h, w] -> [B, 1, 1, 1]
-              "median": lambda m: m.flatten(1).median(1).values[:, None, None, None],
-              "otsu": otsu}
+THRESHOLDS = {
+    "mean": lambda m: m.mean((2, 3), keepdim=True),  # [B, 1, h, w] -> [B, 1, 1, 1]
+    "median": lambda m: m.flatten(1).median(1).values[:, None, None, None],
+    "otsu": otsu,
+}
 
 
 def between_variance(m: Tensor, threshold: Tensor) -> Tensor:
@@ -242,8 +296,9 @@ def between_variance(m: Tensor, threshold: Tensor) -> Tensor:
 # ---- Model: stage 2 ------------------------------------------------------------------------------
 def conv(before: int, after: int) -> nn.Sequential:
     """Convolution, GroupNorm with two channels per group, ReLU."""
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(after // 2, after),
-                         nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(after // 2, after), nn.ReLU()
+    )
 
 
 class RAM(nn.Module):
@@ -260,9 +315,9 @@ class RAM(nn.Module):
         """Two levels to strengthen, and the basis; all leave with the size of h1. [B, 64, h, w]"""
         h5 = resize(self.basis(h5), h1)
         levels = [h1, resize(h2, h1)]
-        if self.attention:                                               # Eq. 9
+        if self.attention:  # Eq. 9
             levels = [h * torch.sigmoid(a(h - h5)) for h, a in zip(levels, self.attention)]
-        return self.fuse(torch.cat([*levels, h5], 1))                    # Eq. 10
+        return self.fuse(torch.cat([*levels, h5], 1))  # Eq. 10
 
 
 class Detector(nn.Module):
@@ -279,8 +334,8 @@ class Detector(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> saliency logit Y [B, 1, H, W]."""
         h1, h2, h3, h4, h5 = (lateral(e) for lateral, e in zip(self.laterals, self.encoder(image)))
-        r_r = self.region(h3, h4, h5)                                    # [B, 64, H/8, W/8]
-        r_l = self.local(h1, h2, self.head(h5))                          # [B, 64, H/2, W/2]
+        r_r = self.region(h3, h4, h5)  # [B, 64, H/8, W/8]
+        r_l = self.local(h1, h2, self.head(h5))  # [B, 64, H/2, W/2]
         y = (r_l.float() * resize(r_r, r_l).float()).sum(1, keepdim=True)  # Eq. 11
         return resize(y, image)
 
@@ -295,13 +350,13 @@ def adb_loss(theta: Tensor, alpha: float, keep: Tensor | None = None) -> Tensor:
 
 def ssim_loss(p: Tensor, g: Tensor) -> Tensor:
     """1 - mean SSIM: Gaussian window 11x11 of sigma 1.5, zero padding, C1 = 0.01^2, C2 = 0.03^2."""
-    window = torch.exp(-(torch.arange(11.0, device=p.device) - 5).square() / (2 * 1.5 ** 2))
+    window = torch.exp(-(torch.arange(11.0, device=p.device) - 5).square() / (2 * 1.5**2))
     window = (window / window.sum()).view(1, 1, 1, 11)
-    moments = torch.cat([p, g, p * p, g * g, p * g])                     # [5B, 1, H, W]
+    moments = torch.cat([p, g, p * p, g * g, p * g])  # [5B, 1, H, W]
     blurred = F.conv2d(F.conv2d(moments, window, padding=(0, 5)), window.mT, padding=(5, 0))
     mu_p, mu_g, pp, gg, pg = blurred.chunk(5)
-    structure = (2 * (pg - mu_p * mu_g) + 9e-4) / (pp - mu_p ** 2 + gg - mu_g ** 2 + 9e-4)
-    return 1 - ((2 * mu_p * mu_g + 1e-4) / (mu_p ** 2 + mu_g ** 2 + 1e-4) * structure).mean()
+    structure = (2 * (pg - mu_p * mu_g) + 9e-4) / (pp - mu_p**2 + gg - mu_g**2 + 9e-4)
+    return 1 - ((2 * mu_p * mu_g + 1e-4) / (mu_p**2 + mu_g**2 + 1e-4) * structure).mean()
 
 
 def iou_loss(p: Tensor, g: Tensor) -> Tensor:
@@ -320,10 +375,16 @@ def detector_loss(y: Tensor, g: Tensor) -> Tensor:
 # ---- Training ------------------------------------------------------------------------------------
 def make_net(stage: int, args: argparse.Namespace, weights: str | None) -> nn.Module:
     """The network of a stage, on the device; `weights` as for `backbone`."""
-    encoder = backbone(args.backbone, weights, args.pixels, args.bn == "stored", args.released,
-                       args.borders)
-    net = Detector(encoder, args.detector == "ram") if stage == 2 else ActivationNet(
-        encoder, args.boundary, args.threshold, args.train_encoder, args.released)
+    encoder = backbone(
+        args.backbone, weights, args.pixels, args.bn == "stored", args.released, args.borders
+    )
+    net = (
+        Detector(encoder, args.detector == "ram")
+        if stage == 2
+        else ActivationNet(
+            encoder, args.boundary, args.threshold, args.train_encoder, args.released
+        )
+    )
     if hasattr(encoder, "fc"):
         encoder.fc.requires_grad_(False)  # D4 reads it, nothing trains it
     net = net.to(args.device, memory_format=torch.channels_last)
@@ -348,9 +409,15 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     net = make_net(stage, args, args.backbone_weights)
     encoder = [p for p in net.encoder.parameters() if p.requires_grad]
     others = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
-    optimiser = torch.optim.SGD([{"params": others, "scale": 1.0},
-                                 {"params": encoder, "scale": 0.1 if stage == 2 else 1.0}],
-                                momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimiser = torch.optim.SGD(
+        [
+            {"params": others, "scale": 1.0},
+            {"params": encoder, "scale": 0.1 if stage == 2 else 1.0},
+        ],
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+    )
     bank = Bank(dataset, args.size, args.device, folder)
     flags = harness.plain_flags(args, bank.names)
     flags |= {"epochs": epochs, "lr": args.lr[stage - 1]}
@@ -377,23 +444,35 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     return net
 
 
-def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank,
-                labels: MapBank | None, epoch: int, args: argparse.Namespace) -> tuple[float, int]:
+def train_epoch(
+    stage: int,
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    bank: Bank,
+    labels: MapBank | None,
+    epoch: int,
+    args: argparse.Namespace,
+) -> tuple[float, int]:
     """One pass over the bank: (mean loss, number of images)."""
     world, total, steps = args.world, torch.zeros((), device=args.device), 0
     order, batch = epoch_order(len(bank), args.batch_size, args.seed, epoch, world)
-    flips = "once" if args.released and stage == 2 else "anew"           # D6
-    rectifying = stage == 2 and args.rectify != "off" and epoch > 2      # lambda is 1 before
+    flips = "once" if args.released and stage == 2 else "anew"  # D6
+    rectifying = stage == 2 and args.rectify != "off" and epoch > 2  # lambda is 1 before
     pixels = generator(args.device, args.seed, "drop", epoch)
-    for index, flip in progress(batches(order, batch, args.seed, epoch, world, flips),
-                                f"stage {stage} epoch {epoch}", len(order) // batch):
+    for index, flip in progress(
+        batches(order, batch, args.seed, epoch, world, flips),
+        f"stage {stage} epoch {epoch}",
+        len(order) // batch,
+    ):
         image = bank.images(index, flip)
         with autocast(args.device, args.amp):
             out = net(image)
         if stage == 1:
             kept = (keep_mask(theta, args.drop, world, pixels) for theta in out)
-            loss = sum(weight * adb_loss(theta, args.alpha, keep)
-                       for weight, theta, keep in zip((1, *args.aux), out, kept))
+            loss = sum(
+                weight * adb_loss(theta, args.alpha, keep)
+                for weight, theta, keep in zip((1, *args.aux), out, kept)
+            )
         else:
             g = labels.read(index, flip)
             loss = detector_loss(out, g)
@@ -402,14 +481,14 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
         optimiser.step()
         if rectifying:
             y = torch.sigmoid(out.detach().float())
-            if args.rectify == "hma":                                    # D11
+            if args.rectify == "hma":  # D11
                 y = dense_crf(image * 255, y, sxy=80 * args.size / 320)
             labels.write(index, flip, args.lam * g + (1 - args.lam) * y)  # Eq. 14
         total, steps = total + loss.detach(), steps + 1
         if args.dry_run and steps == 2:
             break
     if rectifying:
-        labels.share(order[:steps * batch], batch, world)
+        labels.share(order[: steps * batch], batch, world)
     return sum(world.gather(float(total) / steps)) / world.size, steps * batch
 
 
@@ -417,7 +496,7 @@ def keep_mask(theta: Tensor, drop: float, world: runtime.World, pixels: torch.Ge
     """Zero for dropped pixels, else a constant such that the mean over all processes is 1."""
     shape = (len(theta) * world.size, *theta.shape[1:])
     keep = (torch.rand(shape, device=theta.device, generator=pixels) >= drop).float()
-    return (keep / keep.mean())[world.rank * len(theta):][:len(theta)]
+    return (keep / keep.mean())[world.rank * len(theta) :][: len(theta)]
 
 
 @torch.no_grad()
@@ -439,7 +518,7 @@ def refine(image: Tensor, theta: Tensor, args: argparse.Namespace) -> Tensor:
     """Eq. 6: G = median filter(CRF(sigmoid(theta))), theta signed. -> [B, 1, H, W] of 0 and 1"""
     prob = torch.sigmoid(theta.float())
     side = 1 if args.released else image.shape[-1] / 320  # sxy is for photos of about 320 pixels
-    if args.released or args.unary == "hard":                            # D2
+    if args.released or args.unary == "hard":  # D2
         low, high = prob.amin((2, 3), keepdim=True), prob.amax((2, 3), keepdim=True)
         prob = hard_unary(prob > ((low + high) / 2 if args.released else 0.5))
     prob = dense_crf(image * 255, prob, args.sxy * side, args.srgb)
@@ -451,7 +530,7 @@ def make_labels(net: nn.Module, args: argparse.Namespace) -> None:
     """Write <out>/pseudo/<stem>.png (0 or 255, the photo's size) for every training photo."""
     dataset = open_set(args.data, args.data_root, masks=False)
     for samples, images in harness.batches_of(dataset, args, "pseudo labels"):
-        if args.released:                                                # D3
+        if args.released:  # D3
             photos = [s["image"][None].to(args.device).float() / 255 for s in samples]
             labels = [refine(photo, forward(net, photo, args), args)[0, 0] for photo in photos]
         else:
@@ -474,8 +553,10 @@ def read_labels(names: list[str], args: argparse.Namespace, folder: Path) -> Map
         paths = [p if p.exists() else next(args.out.glob("pseudo/**/*.png"), p) for p in paths]
     missing = [path for path in paths if not path.exists()]
     if missing:
-        raise UserError(f"{len(missing)} of {len(paths)} pseudo labels are missing ({missing[0]}); "
-                        f"make them: python a2s.py --stage 1 --data {args.data} --out {args.out}")
+        raise UserError(
+            f"{len(missing)} of {len(paths)} pseudo labels are missing ({missing[0]}); "
+            f"make them: python a2s.py --stage 1 --data {args.data} --out {args.out}"
+        )
     return MapBank(lambda i: load_mask(paths[i]), len(paths), args.size, args.device, folder)
 
 
@@ -495,8 +576,9 @@ def evaluate(stage: int, net: nn.Module, args: argparse.Namespace) -> harness.Re
     if stage == 2:
         return harness.evaluate(logit, args, folder)
     once = argparse.Namespace(**{**vars(args), "crf": False})  # labels have been through the CRF
-    return harness.evaluate(logit, args, folder, "-activation") \
-        | harness.evaluate(partial(label_logit, net, args=args), once, folder, "-label")
+    return harness.evaluate(logit, args, folder, "-activation") | harness.evaluate(
+        partial(label_logit, net, args=args), once, folder, "-label"
+    )
 
 
 def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
@@ -506,8 +588,16 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
         stage, args.released, state = int(args.stage or 2), True, from_released(saved)
         args.data, args.out = "MSRA-B", args.out or Path("runs", "a2s-released")
     else:
-        names = ("backbone", "pixels", "borders", "released", "boundary", "threshold", "detector",
-                 "data")
+        names = (
+            "backbone",
+            "pixels",
+            "borders",
+            "released",
+            "boundary",
+            "threshold",
+            "detector",
+            "data",
+        )
         saved = harness.restore(path, "a2s", args, names, ("size", "sxy", "srgb", "unary"))
         stage, state = saved["stage"], saved["model"]
         args.out = args.out or harness.run_of(path, ("stage1", "stage2"))
@@ -520,10 +610,21 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
 
 def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict under our names, less GroupNorms that they built but never called."""
-    names = {"decoder.": "", "ad2.": "se3.", "ad3.": "se4.", "ad4.": "se5.", "fusion.": "se0.",
-             "ad0.0": "conv", "ad0.1": "norm", ".se.conv": ".gate", "adapter": "laterals.",
-             "gconv": "basis", "res_conv1": "attention.0", "res_conv2": "attention.1",
-             "gb_conv": "head"}
+    names = {
+        "decoder.": "",
+        "ad2.": "se3.",
+        "ad3.": "se4.",
+        "ad4.": "se5.",
+        "fusion.": "se0.",
+        "ad0.0": "conv",
+        "ad0.1": "norm",
+        ".se.conv": ".gate",
+        "adapter": "laterals.",
+        "gconv": "basis",
+        "res_conv1": "attention.0",
+        "res_conv2": "attention.1",
+        "gb_conv": "head",
+    }
     renamed = {}
     for key, value in state.items():
         for theirs, ours in {} if key.startswith("encoder.") else names.items():

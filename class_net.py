@@ -56,6 +56,7 @@ Ours in both cases:
 
 Shapes: B batch, H W input size, h w feature size, N = h w. Images are in [0, 1].
 """
+
 import argparse
 from functools import partial
 from pathlib import Path
@@ -74,34 +75,56 @@ PAPER = {"epochs": 100, "lr": 0.05, "batch_size": 32, "size": 352, "backbone": "
 SHAPES = {"epochs": 7, "lr": 0.05, "batch_size": 8, "size": 160, "backbone": "tiny"}
 PAPER_SETS = ["ECSSD", "DUTS-TE", "DUT-OMRON", "PASCAL-S", "HKU-IS"]  # Table 1
 SCALES = (7, 8, 9, 10, 11)  # elevenths of --size, to multiples of 8: 224, 256, 288, 320, 352
-WIDTH = 64                  # channels of every feature behind the bridge
+WIDTH = 64  # channels of every feature behind the bridge
 LOSSES = ("pixel", "region", "object")
 
 
 # ---- Config --------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
     """All flags. A default of None is the paper's value, or the small preset's on shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     epilog="The docstring of this file explains the method.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="The docstring of this file explains the method.",
+    )
     method = parser.add_argument_group("method")
     method.add_argument("--released", action="store_true", help="the authors' code (D1 to D8)")
-    method.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES),
-                        help="terms of Eq. 14 [all]")
-    method.add_argument("--region", choices=("paper", "released"),
-                        help="form of Eq. 9, see D6 [paper]")
-    method.add_argument("--outputs", type=int, choices=(1, 4), default=4,
-                        help="supervised outputs, K of Eq. 15; 1 is D_2 alone [4]")
-    method.add_argument("--attention", nargs="*", choices=("position", "channel"),
-                        default=["position", "channel"],
-                        help="parts of CLA; without a name no CLA [both]")
+    method.add_argument(
+        "--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="terms of Eq. 14 [all]"
+    )
+    method.add_argument(
+        "--region", choices=("paper", "released"), help="form of Eq. 9, see D6 [paper]"
+    )
+    method.add_argument(
+        "--outputs",
+        type=int,
+        choices=(1, 4),
+        default=4,
+        help="supervised outputs, K of Eq. 15; 1 is D_2 alone [4]",
+    )
+    method.add_argument(
+        "--attention",
+        nargs="*",
+        choices=("position", "channel"),
+        default=["position", "channel"],
+        help="parts of CLA; without a name no CLA [both]",
+    )
     method.add_argument("--fusion", choices=("ffm", "sum"), default="ffm", help="see D12 [ffm]")
-    method.add_argument("--augment", nargs="*", choices=("flip", "scale", "crop"),
-                        help="[flip scale; with --released: flip scale crop]")
-    method.add_argument("--bn", choices=("batch", "stored"), default="batch",
-                        help="statistics of the encoder's BatchNorm in training; stored suits "
-                        "weights whose BatchNorm is folded [batch]")
-    method.add_argument("--vgg-taps", choices=("pool", "conv"), default="pool",
-                        help="see D11 [pool]")
+    method.add_argument(
+        "--augment",
+        nargs="*",
+        choices=("flip", "scale", "crop"),
+        help="[flip scale; with --released: flip scale crop]",
+    )
+    method.add_argument(
+        "--bn",
+        choices=("batch", "stored"),
+        default="batch",
+        help="statistics of the encoder's BatchNorm in training; stored suits "
+        "weights whose BatchNorm is folded [batch]",
+    )
+    method.add_argument(
+        "--vgg-taps", choices=("pool", "conv"), default="pool", help="see D11 [pool]"
+    )
     harness.add_flags(parser)
     parser.set_defaults(pixels=None)
     return parser
@@ -116,7 +139,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     args.backbone_weights = args.backbone_weights or usual
     args.region = args.region or ("released" if args.released else "paper")
     if args.augment is None:
-        args.augment = ["flip", "scale"] + ["crop"] * args.released         # D7
+        args.augment = ["flip", "scale"] + ["crop"] * args.released  # D7
     args.pixels = args.pixels or ("f3net" if args.released else "imagenet")  # D8
     if args.vgg_taps == "conv" and args.backbone != "vgg16":
         raise UserError(f"--vgg-taps conv is for vgg16; {args.backbone} has other taps")
@@ -135,8 +158,11 @@ def resize(x: Tensor, size: torch.Size) -> Tensor:
 
 def conv(inputs: int, size: int, bias: bool = False) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU: [B, inputs, h, w] -> [B, 64, h, w]."""
-    return nn.Sequential(nn.Conv2d(inputs, WIDTH, size, padding=size // 2, bias=bias),
-                         nn.BatchNorm2d(WIDTH), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, WIDTH, size, padding=size // 2, bias=bias),
+        nn.BatchNorm2d(WIDTH),
+        nn.ReLU(),
+    )
 
 
 class PositionAttention(nn.Module):
@@ -144,18 +170,20 @@ class PositionAttention(nn.Module):
 
     def __init__(self, released: bool = False):
         super().__init__()
-        self.released, inner = released, 8 if released else WIDTH        # D1
+        self.released, inner = released, 8 if released else WIDTH  # D1
         self.query, self.key = nn.Conv2d(WIDTH, inner, 1), nn.Conv2d(WIDTH, inner, 1)
         self.value = nn.Conv2d(WIDTH, WIDTH, 1)
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
         """F_h [B, 64, h_h, w_h], F_l [B, 64, h_l, w_l] -> F_h_out like F_h."""
-        query, key, value = (part.flatten(2).mT[:, None] for part in (
-            self.query(high), self.key(low), self.value(low)))           # [B, 1, N, channels]
+        query, key, value = (
+            part.flatten(2).mT[:, None]
+            for part in (self.query(high), self.key(low), self.value(low))
+        )  # [B, 1, N, channels]
         # S = softmax(f_h f_l') without the usual 1 / sqrt(channels); S has N_h x N_l entries
         found = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # [B, 1, N_h, 64]
-        found = found if self.released else found.mT                     # D2
+        found = found if self.released else found.mT  # D2
         return (high + self.alpha * found.reshape(high.shape)).to(high.dtype)  # Eq. 3
 
 
@@ -164,17 +192,17 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, released: bool = False):
         super().__init__()
-        self.sign = -1 if released else 1                                # D3
+        self.sign = -1 if released else 1  # D3
         self.beta = nn.Parameter(torch.zeros(1))
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """F_l [B, 64, h, w], F_h [B, 64, any, any] -> F_l_out like F_l."""
-        f_h = resize(high, low.shape[2:]).flatten(2)                     # [B, 64, N]
-        f_l = low.flatten(2)                                             # [B, 64, N]
+        f_h = resize(high, low.shape[2:]).flatten(2)  # [B, 64, N]
+        f_l = low.flatten(2)  # [B, 64, N]
         with torch.autocast(low.device.type, enabled=False):  # a sum of N products needs fp32
-            energy = self.sign * f_l.float() @ f_h.float().mT            # [B, 64, 64]
-            found = torch.softmax(energy, -1) @ f_h.float()              # Z f_H, Eqs. 4 and 5
-        return (low + self.beta * found.view(low.shape)).to(low.dtype)   # Eq. 6
+            energy = self.sign * f_l.float() @ f_h.float().mT  # [B, 64, 64]
+            found = torch.softmax(energy, -1) @ f_h.float()  # Z f_H, Eqs. 4 and 5
+        return (low + self.beta * found.view(low.shape)).to(low.dtype)  # Eq. 6
 
 
 class FeatureFusion(nn.Module):
@@ -184,8 +212,9 @@ class FeatureFusion(nn.Module):
         super().__init__()
         self.reduce = conv(3 * WIDTH, 1, bias=True)
         self.conv1 = conv(WIDTH, 3)
-        self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False) if released \
-            else conv(WIDTH, 3)                                          # D5
+        self.conv2 = (
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False) if released else conv(WIDTH, 3)
+        )  # D5
         self.gate = nn.Conv2d(WIDTH, 1, 1, bias=False)
 
     def forward(self, above: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -205,8 +234,14 @@ class Sum(nn.Module):
 class CLASSNet(nn.Module):
     """The network of Fig. 2. Modules are named by level, "2" (fine) to "5" (coarse)."""
 
-    def __init__(self, encoder: nn.Module, attention: tuple[str, ...] = ("position", "channel"),
-                 fusion: str = "ffm", outputs: int = 4, released: bool = False):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        attention: tuple[str, ...] = ("position", "channel"),
+        fusion: str = "ffm",
+        outputs: int = 4,
+        released: bool = False,
+    ):
         super().__init__()
         self.encoder, self.attention, self.released = encoder, attention, released
 
@@ -215,9 +250,14 @@ class CLASSNet(nn.Module):
 
         def convs(count: int) -> nn.Sequential:
             return nn.Sequential(*[conv(WIDTH, 3) for _ in range(count)])
-        depth = 2 if released else 1                                     # D4
-        self.squeeze = nn.ModuleDict({level: conv(channels, 1, bias=True)
-                                      for level, channels in zip("2345", encoder.channels[1:])})
+
+        depth = 2 if released else 1  # D4
+        self.squeeze = nn.ModuleDict(
+            {
+                level: conv(channels, 1, bias=True)
+                for level, channels in zip("2345", encoder.channels[1:])
+            }
+        )
         self.bridge = per_level(lambda: convs(depth))
         self.bridge_high = per_level(lambda: convs(depth), "234" if released else "5")
         if "position" in attention:
@@ -230,8 +270,8 @@ class CLASSNet(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] in [0, 1] -> logits [B, 1, H, W] of D_2 (the map), D_3, D_4, D_5."""
-        maps = list(self.encoder(image))[1:]                             # E_2 ... E_5
-        maps[3] = maps[3] + maps[3].mean((2, 3), keepdim=True)           # not in the paper
+        maps = list(self.encoder(image))[1:]  # E_2 ... E_5
+        maps[3] = maps[3] + maps[3].mean((2, 3), keepdim=True)  # not in the paper
         f = {level: self.squeeze[level](x) for level, x in zip("2345", maps)}
         high = {level: bridge(f["5"]) for level, bridge in self.bridge_high.items()}
         d = {"5": self.refine["5"](f["5"])}
@@ -241,7 +281,7 @@ class CLASSNet(nn.Module):
             deep = self.position[level](f_h, f_l) if "position" in self.attention else f_h
             size = f_l.shape[2:]
             fused = self.fusion[level](resize(d[above], size), low, resize(deep, size))
-            d[level] = self.refine[level](fused)                         # [B, 64, h_l, w_l]
+            d[level] = self.refine[level](fused)  # [B, 64, h_l, w_l]
         return [resize(head(d[level]), image.shape[2:]) for level, head in self.heads.items()]
 
 
@@ -254,10 +294,13 @@ def pixel_loss(logit: Tensor, g: Tensor) -> Tensor:
 
 def blur(x: Tensor) -> Tensor:
     """Mean in a Gaussian window of 11 x 11, sigma 1.5, zeros beyond the border: [B, 1, H, W]."""
-    weight = torch.exp(-(torch.arange(11, device=x.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    weight = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2))
     weight = weight / weight.sum()
-    return F.conv2d(F.conv2d(x, weight.view(1, 1, 11, 1), padding=(5, 0)),
-                    weight.view(1, 1, 1, 11), padding=(0, 5))
+    return F.conv2d(
+        F.conv2d(x, weight.view(1, 1, 11, 1), padding=(5, 0)),
+        weight.view(1, 1, 1, 11),
+        padding=(0, 5),
+    )
 
 
 def region_loss(logit: Tensor, g: Tensor) -> Tensor:
@@ -274,37 +317,49 @@ def released_region_loss(logit: Tensor, g: Tensor) -> Tensor:
     """The authors' form of the same (D6)."""
     s = torch.sigmoid(logit)
     mean_s, mean_g = blur(s), blur(g)
-    spread_s, spread_g = blur(s * s) - mean_s ** 2, blur(g * g) - mean_g ** 2
-    distance = F.pairwise_distance(mean_s.flatten(1), mean_g.flatten(1)) \
-        + F.pairwise_distance(spread_s.flatten(1), spread_g.flatten(1))  # [B]
+    spread_s, spread_g = blur(s * s) - mean_s**2, blur(g * g) - mean_g**2
+    distance = F.pairwise_distance(mean_s.flatten(1), mean_g.flatten(1)) + F.pairwise_distance(
+        spread_s.flatten(1), spread_g.flatten(1)
+    )  # [B]
     return distance.mean() / 2 + F.avg_pool2d((s - g).abs(), 11, stride=1, padding=5).mean()
 
 
 def object_loss(logit: Tensor, g: Tensor) -> Tensor:
     """Eqs. 10 to 13: 1 - F-measure with probabilities for counts, per image, beta² = 0.3."""
     s = torch.sigmoid(logit)
-    hit = (s * g).sum((2, 3))                                            # TP [B, 1]
+    hit = (s * g).sum((2, 3))  # TP [B, 1]
     precision = hit / (s.sum((2, 3)) + 1e-7)
     recall = hit / (g.sum((2, 3)) + 1e-7)
     return (1 - 1.3 * precision * recall / (0.3 * precision + recall + 1e-7)).mean()
 
 
-def supervise(logits: list[Tensor], g: Tensor, losses: list[str],
-              region: str = "paper") -> tuple[Tensor, Tensor]:
+def supervise(
+    logits: list[Tensor], g: Tensor, losses: list[str], region: str = "paper"
+) -> tuple[Tensor, Tensor]:
     """Eqs. 14 and 15: (the loss, its terms for D_2 in the order of `losses`, without gradient)."""
-    functions = {"pixel": pixel_loss, "object": object_loss,
-                 "region": released_region_loss if region == "released" else region_loss}
-    terms = torch.stack([torch.stack([functions[name](logit.float(), g) for name in losses])
-                         for logit in logits])                           # [K, terms]
-    weights = 0.5 ** torch.arange(len(logits), device=g.device)          # 1, 1/2, 1/4, 1/8
+    functions = {
+        "pixel": pixel_loss,
+        "object": object_loss,
+        "region": released_region_loss if region == "released" else region_loss,
+    }
+    terms = torch.stack(
+        [torch.stack([functions[name](logit.float(), g) for name in losses]) for logit in logits]
+    )  # [K, terms]
+    weights = 0.5 ** torch.arange(len(logits), device=g.device)  # 1, 1/2, 1/4, 1/8
     return weights @ terms.sum(1), terms[0].detach()
 
 
 # ---- Training ------------------------------------------------------------------------------------
 def make_net(args: argparse.Namespace, weights: str) -> CLASSNet:
     """The network, on the device; `weights` as for `backbone`."""
-    encoder = backbone(args.backbone, weights, args.pixels, args.bn == "stored",
-                       borders=args.borders, before_pooling=args.vgg_taps == "conv")  # D11
+    encoder = backbone(
+        args.backbone,
+        weights,
+        args.pixels,
+        args.bn == "stored",
+        borders=args.borders,
+        before_pooling=args.vgg_taps == "conv",
+    )  # D11
     net = CLASSNet(encoder, tuple(args.attention), args.fusion, args.outputs, args.released)
     net = net.to(args.device, memory_format=torch.channels_last)
     if args.compile:
@@ -323,15 +378,22 @@ def train(args: argparse.Namespace) -> CLASSNet:
     torch.manual_seed(args.seed)
     net = make_net(args, args.backbone_weights)
     others = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
-    optimiser = torch.optim.SGD([{"params": others, "scale": 1.0},
-                                 {"params": net.encoder.parameters(), "scale": 0.1}],
-                                lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    bank = Bank(open_set(args.data, args.data_root), args.size, args.device, folder,
-                parts=("image", "mask"))
+    optimiser = torch.optim.SGD(
+        [{"params": others, "scale": 1.0}, {"params": net.encoder.parameters(), "scale": 0.1}],
+        lr=args.lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=5e-4,
+    )
+    bank = Bank(
+        open_set(args.data, args.data_root), args.size, args.device, folder, parts=("image", "mask")
+    )
     if not bank.has["mask"].all():
         missing = bank.names[int((~bank.has["mask"]).nonzero()[0])]
-        raise UserError(f"{args.data}: {missing} has no mask, and CLASS learns from masks; put it "
-                        "into a folder masks/ beside the images")
+        raise UserError(
+            f"{args.data}: {missing} has no mask, and CLASS learns from masks; put it "
+            "into a folder masks/ beside the images"
+        )
     flags = harness.plain_flags(args, bank.names)
     done = harness.resume(folder, "class_net", 1, flags, net, optimiser)
     harness.save_args(flags, args, folder)
@@ -344,7 +406,7 @@ def train(args: argparse.Namespace) -> CLASSNet:
         net.train()
         losses, images = train_epoch(parallel, optimiser, bank, epoch, args)
         runtime.require_finite(losses["loss"], epoch)
-        world.average_statistics(net)                                    # D14
+        world.average_statistics(net)  # D14
         seen = watch(partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png")
         log.epoch(epoch, images, **losses, lr=lr, **seen)
         if world.main:
@@ -353,16 +415,22 @@ def train(args: argparse.Namespace) -> CLASSNet:
     return net
 
 
-def train_epoch(net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank, epoch: int,
-                args: argparse.Namespace) -> tuple[dict[str, float], int]:
+def train_epoch(
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    bank: Bank,
+    epoch: int,
+    args: argparse.Namespace,
+) -> tuple[dict[str, float], int]:
     """One pass over the bank: (mean loss and its terms for D_2, number of images)."""
     world, steps = args.world, 0
     total = torch.zeros(1 + len(args.losses), device=args.device)
     order, batch = epoch_order(len(bank), args.batch_size, args.seed, epoch, world)
     draw = generator("cpu", args.seed, "view", epoch)
     mine = slice(world.rank * batch // world.size, (world.rank + 1) * batch // world.size)
-    for index, flip in progress(batches(order, batch, args.seed, epoch, world), f"epoch {epoch}",
-                                len(order) // batch):
+    for index, flip in progress(
+        batches(order, batch, args.seed, epoch, world), f"epoch {epoch}", len(order) // batch
+    ):
         # every process draws for the whole batch, so that their number changes nothing
         scale = SCALES[torch.randint(len(SCALES), (), generator=draw)]
         box = draw_crops(batch, 0.125 * ("crop" in args.augment), draw)[mine]
@@ -405,9 +473,24 @@ def load(path: Path, args: argparse.Namespace) -> CLASSNet:
         args.released, args.backbone, state = True, "resnet50", from_released(saved)
         args.data, args.out = "DUTS-TR", args.out or Path("runs", "class_net-released")
     else:
-        saved = harness.restore(path, "class_net", args, (
-            "backbone", "pixels", "borders", "released", "attention", "fusion", "outputs",
-            "vgg_taps", "bn", "data"), ("size",))
+        saved = harness.restore(
+            path,
+            "class_net",
+            args,
+            (
+                "backbone",
+                "pixels",
+                "borders",
+                "released",
+                "attention",
+                "fusion",
+                "outputs",
+                "vgg_taps",
+                "bn",
+                "data",
+            ),
+            ("size",),
+        )
         state, args.out = saved["model"], args.out or path.parent
     fill_defaults(args)
     harness.prepare(args, "class_net")
@@ -420,20 +503,36 @@ def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict under our names, less level 1's squeeze, which they never use."""
     names = {"res_": "encoder.", "supervision1.": "heads.2."}
     for number, level in enumerate("432"):
-        names |= {f"extra_conv{4 * number + part + 1}.": f"{bridge}.{level}.{part % 2}."
-                  for part, bridge in enumerate(["bridge_high"] * 2 + ["bridge"] * 2)}
+        names |= {
+            f"extra_conv{4 * number + part + 1}.": f"{bridge}.{level}.{part % 2}."
+            for part, bridge in enumerate(["bridge_high"] * 2 + ["bridge"] * 2)
+        }
         names |= {f"decoder{level}_conv{part + 1}.": f"refine.{level}.{part}." for part in (0, 1)}
     for level in "2345":
-        names |= {f"{theirs}{level}.": f"{ours}.{level}." for theirs, ours in (
-            ("squeeze", "squeeze"), ("PAM", "position"), ("CAM", "channel"),
-            ("fusion", "fusion"), ("supervision", "heads"))}
+        names |= {
+            f"{theirs}{level}.": f"{ours}.{level}."
+            for theirs, ours in (
+                ("squeeze", "squeeze"),
+                ("PAM", "position"),
+                ("CAM", "channel"),
+                ("fusion", "fusion"),
+                ("supervision", "heads"),
+            )
+        }
     names |= {"extra_conv17.": "refine.5.0.", "extra_conv18.": "refine.5.1."}
-    parts = {"conv_high.": "query.", "conv_low.": "key.", "value_conv.": "value.",
-             "reducedim.": "reduce.", ".conv3.": ".gate."}
+    parts = {
+        "conv_high.": "query.",
+        "conv_low.": "key.",
+        "value_conv.": "value.",
+        "reducedim.": "reduce.",
+        ".conv3.": ".gate.",
+    }
     renamed = {}
     for key, value in state.items():
-        ours = next((to + key.removeprefix(start) for start, to in names.items()
-                     if key.startswith(start)), key)
+        ours = next(
+            (to + key.removeprefix(start) for start, to in names.items() if key.startswith(start)),
+            key,
+        )
         for theirs, part in {} if key.startswith("res_") else parts.items():
             ours = ours.replace(theirs, part)
         scalar = {"position": "alpha", "channel": "beta"}.get(ours.split(".")[0], "gamma")

@@ -71,6 +71,7 @@ The tool for annotating COCO (Appendix A) is data/relabel.py.
 
 Shapes: B batch, H W input size, h w feature size, C channels, T words. Images are in [0, 1].
 """
+
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -83,30 +84,60 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from common import captions, harness, runtime
+from common import harness, runtime
 from common.backbones import PIXELS, backbone
 from common.bank import Bank, batches, crop, draw_crops, epoch_order
-from common.captions import END, LENGTH, PAD, START, tokenise
 from common.datasets import open_set
 from common.published import MIT_HEADS, mit_state, read_state, virtex_state
 from common.rivals import ContextDecoder, resize
 from common.runtime import UserError, autocast, generator, progress, save_png
+from data import captions
+from data.captions import END, LENGTH, PAD, START, tokenise
 
 STAGES = ("sod", "caption", "control", "guide")
-PAPER = {"epochs": (80, 20, 40, 40), "lr": (5e-5, 5e-4, 5e-5, 5e-5), "batch_size": 16, "size": 352,
-         "encoder": "mit_b3", "backbone": "resnet50", "hidden": 1024, "taps": 1, "freeze": False,
-         "beam": 5, "attn_row": "predict", "captions": "COCO-captions"}
-SHAPES = {"epochs": (20, 40, 6, 6), "lr": (1e-3, 1e-3, 3e-4, 3e-4), "batch_size": 16, "size": 160,
-          "encoder": "mit_tiny", "backbone": "tiny", "hidden": 256, "taps": 4, "freeze": True,
-          "beam": 5, "attn_row": "predict", "captions": None}
-PAPER_SETS = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S",  # Table 1
-              "COCO-captions-val"]                                    # for the captioner
+PAPER = {
+    "epochs": (80, 20, 40, 40),
+    "lr": (5e-5, 5e-4, 5e-5, 5e-5),
+    "batch_size": 16,
+    "size": 352,
+    "encoder": "mit_b3",
+    "backbone": "resnet50",
+    "hidden": 1024,
+    "taps": 1,
+    "freeze": False,
+    "beam": 5,
+    "attn_row": "predict",
+    "captions": "COCO-captions",
+}
+SHAPES = {
+    "epochs": (20, 40, 6, 6),
+    "lr": (1e-3, 1e-3, 3e-4, 3e-4),
+    "batch_size": 16,
+    "size": 160,
+    "encoder": "mit_tiny",
+    "backbone": "tiny",
+    "hidden": 256,
+    "taps": 4,
+    "freeze": True,
+    "beam": 5,
+    "attn_row": "predict",
+    "captions": None,
+}
+PAPER_SETS = [
+    "DUTS-TE",
+    "ECSSD",
+    "DUT-OMRON",
+    "HKU-IS",
+    "PASCAL-S",  # Table 1
+    "COCO-captions-val",
+]  # for the captioner
 MIT = {  # channels, layers and heads of the four levels, width of the decoder
     "mit_tiny": ((24, 48, 96, 128), (1, 1, 2, 1), (1, 2, 4, 4), 64),
     "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), 256),
     "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), 256),
     "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), 768),
-    "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3), (1, 2, 5, 8), 768)}
+    "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3), (1, 2, 5, 8), 768),
+}
 GRID = 224  # the captioner's input, whose deepest map has 7 x 7 cells
 CAPTIONER = ("backbone", "pixels", "borders", "taps", "plain_grid", "hidden", "layers", "lexicon")
 
@@ -114,46 +145,86 @@ CAPTIONER = ("backbone", "pixels", "borders", "taps", "plain_grid", "hidden", "l
 # ---- Config --------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
     """All flags. A default of None is the paper's value, or the small preset's on shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     epilog="The docstring of this file explains the method.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="The docstring of this file explains the method.",
+    )
     method = parser.add_argument_group("method")
     method.add_argument("--stage", choices=STAGES, help="one stage only [sod, caption, guide]")
     method.add_argument("--released", action="store_true", help="the code of F3Net and VirTex")
     method.add_argument("--encoder", choices=MIT, help="of the saliency branch, Table 2 [mit_b3]")
     method.add_argument("--encoder-weights", metavar="FILE", help="MiT's weights, or none")
     method.add_argument("--pretrained", metavar="FILE", help="checkpoint to start stage sod from")
-    method.add_argument("--decoder", choices=("mlp", "literal", "psp", "aspp", "apc", "ann"),
-                        default="mlp", help="Table 4 and D2 [mlp]")
+    method.add_argument(
+        "--decoder",
+        choices=("mlp", "literal", "psp", "aspp", "apc", "ann"),
+        default="mlp",
+        help="Table 4 and D2 [mlp]",
+    )
     method.add_argument("--width", type=harness.positive, help="channels of the decoder, see D2")
     method.add_argument("--bce", choices=("weighted", "coded"), help="see D3 [weighted]")
-    method.add_argument("--crop", type=float, default=0.125, metavar="SHARE",
-                        help="most that training cuts from either axis [0.125]")
+    method.add_argument(
+        "--crop",
+        type=float,
+        default=0.125,
+        metavar="SHARE",
+        help="most that training cuts from either axis [0.125]",
+    )
     method.add_argument("--sod", metavar="FILE", help="for control, guide [<out>/sod/last.pt]")
-    method.add_argument("--captioner", metavar="FILE",
-                        help="for guide, ours or VirTex's bicaptioning [<out>/caption/last.pt]")
-    method.add_argument("--scales", type=int, nargs="+", choices=(1, 2, 3, 4),
-                        help="guided scales, from 1, the finest, Table 3 [all the decoder sees]")
-    method.add_argument("--attn-norm", choices=("minmax", "max", "mean", "l1"), default="minmax",
-                        help="normalise in Eq. 3, see D8 [minmax]")
+    method.add_argument(
+        "--captioner",
+        metavar="FILE",
+        help="for guide, ours or VirTex's bicaptioning [<out>/caption/last.pt]",
+    )
+    method.add_argument(
+        "--scales",
+        type=int,
+        nargs="+",
+        choices=(1, 2, 3, 4),
+        help="guided scales, from 1, the finest, Table 3 [all the decoder sees]",
+    )
+    method.add_argument(
+        "--attn-norm",
+        choices=("minmax", "max", "mean", "l1"),
+        default="minmax",
+        help="normalise in Eq. 3, see D8 [minmax]",
+    )
     method.add_argument("--attn-row", choices=("predict", "read"), help="see D7 [predict]")
     method.add_argument("--xi-init", choices=("zero", "normal"), default="zero", help="see D9")
-    method.add_argument("--maps", choices=("own", "other"), default="own",
-                        help="other: train with another photo's map, to see if it matters [own]")
+    method.add_argument(
+        "--maps",
+        choices=("own", "other"),
+        default="own",
+        help="other: train with another photo's map, to see if it matters [own]",
+    )
     method.add_argument("--live", action="store_true", help="keep the captioner live, see D10")
     method.add_argument("--captions", metavar="SET", help="captioned photos [COCO-captions]")
-    method.add_argument("--taps", type=harness.positive,
-                        help="how many of the CNN's deepest maps make the grid, see D6 [1]")
+    method.add_argument(
+        "--taps",
+        type=harness.positive,
+        help="how many of the CNN's deepest maps make the grid, see D6 [1]",
+    )
     method.add_argument("--plain-grid", action="store_true", help="do not standardise it, see D6")
-    method.add_argument("--freeze", action=argparse.BooleanOptionalAction,
-                        help="the captioner's CNN keeps its weights [no]")
+    method.add_argument(
+        "--freeze",
+        action=argparse.BooleanOptionalAction,
+        help="the captioner's CNN keeps its weights [no]",
+    )
     method.add_argument("--hidden", type=harness.positive, help="width of the text decoder [1024]")
     method.add_argument("--layers", type=harness.positive, default=1, help="of text decoder [1]")
-    method.add_argument("--beam", type=harness.positive,
-                        help="captions tried at once; 1 is greedy [5]")
-    method.add_argument("--vocabulary", metavar="FILE",
-                        help="VirTex's (SentencePiece's .vocab), without which words are numbers")
-    method.add_argument("--words", action="store_true",
-                        help="--predict also draws where each word of the caption looks, Fig. 9")
+    method.add_argument(
+        "--beam", type=harness.positive, help="captions tried at once; 1 is greedy [5]"
+    )
+    method.add_argument(
+        "--vocabulary",
+        metavar="FILE",
+        help="VirTex's (SentencePiece's .vocab), without which words are numbers",
+    )
+    method.add_argument(
+        "--words",
+        action="store_true",
+        help="--predict also draws where each word of the caption looks, Fig. 9",
+    )
     harness.add_flags(parser)
     return parser
 
@@ -166,12 +237,14 @@ def fill_defaults(args: argparse.Namespace) -> None:
     args.captions = args.captions or args.data
     rival = args.decoder not in ("mlp", "literal") and not small
     args.width = args.width or (512 if rival else MIT[args.encoder][3])
-    args.bce = args.bce or ("coded" if args.released else "weighted")    # D3
+    args.bce = args.bce or ("coded" if args.released else "weighted")  # D3
     seen = [3, 4] if args.decoder == "ann" else [1, 2, 3, 4]
     args.scales = args.scales or seen
     if not set(args.scales) <= set(seen):
-        raise UserError("--decoder ann sees scales 3 and 4 alone: give --scales one or both of "
-                        "them, or leave it out")
+        raise UserError(
+            "--decoder ann sees scales 3 and 4 alone: give --scales one or both of "
+            "them, or leave it out"
+        )
     if args.maps == "other" and args.live:
         raise UserError("--maps other needs maps made beforehand: leave out --live")
     if args.size < 32:
@@ -203,11 +276,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, C] -> [B, h, w, C]"""
         b, h, w, c = x.shape
-        q = self.q(x).view(b, h * w, self.heads, -1).transpose(1, 2)     # [B, heads, hw, d]
+        q = self.q(x).view(b, h * w, self.heads, -1).transpose(1, 2)  # [B, heads, hw, d]
         if hasattr(self, "sr"):
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # Eq. 1, R = side^2
         k, v = self.kv(x).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)                      # Eq. 2
+        x = F.scaled_dot_product_attention(q, k, v)  # Eq. 2
         return self.proj(x.transpose(1, 2).reshape(b, h, w, c))
 
 
@@ -272,7 +345,8 @@ class MiT(nn.Module):
         drops, before = torch.linspace(0, 0.1, sum(layers)).split(layers), (3, *self.channels)
         self.stages = nn.ModuleList(
             Level(before[i], self.channels[i], heads[i], (8, 4, 2, 1)[i], drops[i].tolist())
-            for i in range(4))
+            for i in range(4)
+        )
         for name, value in zip(("mean", "std"), PIXELS["imagenet"]):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
         self.apply(initialise)
@@ -306,8 +380,9 @@ class Guidance(nn.Module):
     def __init__(self, channels: tuple[int, ...], scales: list[int], kind: str, zero: bool = True):
         super().__init__()
         self.kind = kind
-        self.xi = nn.ModuleDict({str(i): nn.Conv2d(channels[i - 1], channels[i - 1], 1)
-                                 for i in sorted(set(scales))})
+        self.xi = nn.ModuleDict(
+            {str(i): nn.Conv2d(channels[i - 1], channels[i - 1], 1) for i in sorted(set(scales))}
+        )
         for xi in self.xi.values():
             nn.init.zeros_(xi.weight) if zero else nn.init.trunc_normal_(xi.weight, std=0.02)
             nn.init.zeros_(xi.bias)
@@ -336,21 +411,29 @@ class MLPDecoder(nn.Module):
     def __init__(self, channels: tuple[int, ...], width: int, literal: bool = False):
         super().__init__()
         self.linear = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.fuse = nn.Identity() if literal else nn.Sequential(
-            Conv2dNormActivation(4 * width, width, 1), nn.Dropout2d(0.1))
+        self.fuse = (
+            nn.Identity()
+            if literal
+            else nn.Sequential(Conv2dNormActivation(4 * width, width, 1), nn.Dropout2d(0.1))
+        )
         self.predict = nn.Conv2d(4 * width if literal else width, 1, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """F1 ... F4 -> logit [B, 1, H/4, W/4]"""
         levels = [resize(linear(f), features[0]) for linear, f in zip(self.linear, features)]
-        return self.predict(self.fuse(torch.cat(levels[::-1], 1)))       # coarse to fine
+        return self.predict(self.fuse(torch.cat(levels[::-1], 1)))  # coarse to fine
 
 
 class SDGSOD(nn.Module):
     """The saliency network; with a captioner also its guidance, without one PVT-SOD."""
 
-    def __init__(self, encoder: MiT, decoder: nn.Module, guidance: Guidance | None = None,
-                 captioner: "Captioner | None" = None):
+    def __init__(
+        self,
+        encoder: MiT,
+        decoder: nn.Module,
+        guidance: Guidance | None = None,
+        captioner: "Captioner | None" = None,
+    ):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.guidance, self.captioner = guidance, captioner
@@ -381,13 +464,15 @@ class DecoderLayer(nn.TransformerDecoderLayer):
     def __init__(self, hidden: int):
         super().__init__(hidden, hidden // 64, 4 * hidden, batch_first=True)
 
-    def forward(self, x: Tensor, grid: Tensor, future: Tensor, padded: Tensor
-                ) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, grid: Tensor, future: Tensor, padded: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Words [B, T, H], grid [B, 49, H], masks [T, T], [B, T] -> [B, T, H], [B, T, 49]."""
-        a = self.self_attn(x, x, x, attn_mask=future, key_padding_mask=padded,
-                           need_weights=False)[0]
+        a = self.self_attn(x, x, x, attn_mask=future, key_padding_mask=padded, need_weights=False)[
+            0
+        ]
         x = self.norm1(x + self.dropout1(a))
-        a, attention = self.multihead_attn(x, grid, grid)                # mean of the heads
+        a, attention = self.multihead_attn(x, grid, grid)  # mean of the heads
         x = self.norm2(x + self.dropout2(a))
         a = self.linear2(self.dropout(F.gelu(self.linear1(x))))
         return self.norm3(x + self.dropout3(a)), attention
@@ -400,9 +485,18 @@ class Captioner(nn.Module):
     layers, and the output shares its weights with the embedding.
     """
 
-    def __init__(self, encoder: nn.Module, vocabulary: int, hidden: int, layers: int = 1,
-                 taps: int = 1, plain: bool = False, row: str = "predict", beam: int = 5,
-                 released: bool = False):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        vocabulary: int,
+        hidden: int,
+        layers: int = 1,
+        taps: int = 1,
+        plain: bool = False,
+        row: str = "predict",
+        beam: int = 5,
+        released: bool = False,
+    ):
         super().__init__()
         self.taps, self.row, self.beam, self.released = taps, row, beam, released
         channels = sum(encoder.channels[-taps:])
@@ -412,7 +506,8 @@ class Captioner(nn.Module):
         self.positions = nn.Embedding(LENGTH, hidden)
         self.norm, self.dropout = nn.LayerNorm(hidden, 1e-8), nn.Dropout(0.1)
         self.forwards, self.backwards = (
-            nn.ModuleList(DecoderLayer(hidden) for _ in range(layers)) for _ in range(2))
+            nn.ModuleList(DecoderLayer(hidden) for _ in range(layers)) for _ in range(2)
+        )
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         for name, p in self.named_parameters():
             if p.dim() > 1 and not name.startswith("encoder."):
@@ -423,9 +518,10 @@ class Captioner(nn.Module):
     def see(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> the grid G [B, 49, H]"""
         if image.shape[2:] != (GRID, GRID):
-            image = F.interpolate(image, (GRID, GRID), mode="bilinear", antialias=True,
-                                  align_corners=False)
-        maps = self.encoder(image)[-self.taps:]
+            image = F.interpolate(
+                image, (GRID, GRID), mode="bilinear", antialias=True, align_corners=False
+            )
+        maps = self.encoder(image)[-self.taps :]
         grid = torch.cat([F.adaptive_avg_pool2d(m, maps[-1].shape[2:]) for m in maps], 1)
         return self.projection(self.standardise(grid).flatten(2).mT)
 
@@ -451,10 +547,10 @@ class Captioner(nn.Module):
         As in VirTex: two successors per beam, no word twice in a row, no reward for length.
         """
         n, b = len(grid), self.beam
-        grid = grid.repeat_interleave(b, 0)                              # [B b, 49, H]
+        grid = grid.repeat_interleave(b, 0)  # [B b, 49, H]
         tokens = torch.full((n * b, 1), START, device=grid.device)
         score = torch.full((n, b), -math.inf, device=grid.device)
-        score[:, 0] = 0                                                  # all beams are equal yet
+        score[:, 0] = 0  # all beams are equal yet
         for t in range(LENGTH):
             shown = tokens[:, 1:] if self.released and t else tokens
             p = self.read(grid, shown)[0][:, -1].float().log_softmax(1)  # [B b, V]
@@ -462,14 +558,14 @@ class Captioner(nn.Module):
             ended = tokens[:, -1] == END
             p = p.masked_fill(ended[:, None], -math.inf)
             p[:, END] = p[:, END].masked_fill(ended, 0)
-            p, word = p.topk(min(2 if t else b, b, p.shape[1]))          # [B b, k]
-            score, best = (score.view(-1, 1) + p).view(n, -1).topk(b)    # [B, b]
+            p, word = p.topk(min(2 if t else b, b, p.shape[1]))  # [B b, k]
+            score, best = (score.view(-1, 1) + p).view(n, -1).topk(b)  # [B, b]
             beam = best // p.shape[1] + b * torch.arange(n, device=grid.device)[:, None]
             word = word.view(n, -1).gather(1, best)
             tokens = torch.cat([tokens[beam.flatten()], word.view(-1, 1)], 1)
             if (word[:, 0] == END).all():  # the others can only become less likely
                 break
-        return tokens[::b]                                               # the best of each image
+        return tokens[::b]  # the best of each image
 
     @torch.no_grad()
     def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -479,11 +575,11 @@ class Captioner(nn.Module):
         """
         grid = self.see(image)
         tokens = self.write(grid)
-        attention = self.read(grid, tokens[:, :LENGTH])[1].float()       # [B, <= 30, 49]
+        attention = self.read(grid, tokens[:, :LENGTH])[1].float()  # [B, <= 30, 49]
         word = tokens[:, 1:]
-        rows = attention[:, 1:] if self.row == "read" else attention[:, :word.shape[1]]  # D7
-        maps = attention.new_zeros(*word.shape, attention.shape[2])      # the last may have no row
-        maps[:, :rows.shape[1]] = rows
+        rows = attention[:, 1:] if self.row == "read" else attention[:, : word.shape[1]]  # D7
+        maps = attention.new_zeros(*word.shape, attention.shape[2])  # the last may have no row
+        maps[:, : rows.shape[1]] = rows
         maps *= (word > END)[..., None]
         side = math.isqrt(maps.shape[2])
         return word, maps.unflatten(2, (side, side))
@@ -518,9 +614,10 @@ def structure_loss(logit: Tensor, g: Tensor, bce: str = "weighted") -> Tensor:
 
 def caption_loss(logits: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
     """Cross-entropy of the next word, forward + backward: logits of both, [B, T, V]."""
-    return sum(F.cross_entropy(logit[:, :-1].float().flatten(0, 1), t[:, 1:].flatten(),
-                               ignore_index=PAD)
-               for logit, t in zip(logits, (tokens, reverse(tokens))))
+    return sum(
+        F.cross_entropy(logit[:, :-1].float().flatten(0, 1), t[:, 1:].flatten(), ignore_index=PAD)
+        for logit, t in zip(logits, (tokens, reverse(tokens)))
+    )
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -537,12 +634,22 @@ def make_backbone(args: argparse.Namespace, weights: str | None = None) -> nn.Mo
 def make_captioner(args: argparse.Namespace, weights: str | None = None) -> Captioner:
     """An untrained captioner on the CPU, its CNN filled as `make_backbone` says."""
     encoder = make_backbone(args, weights)
-    return Captioner(encoder, len(args.lexicon), args.hidden, args.layers, args.taps,
-                     args.plain_grid, args.attn_row, args.beam, args.released)
+    return Captioner(
+        encoder,
+        len(args.lexicon),
+        args.hidden,
+        args.layers,
+        args.taps,
+        args.plain_grid,
+        args.attn_row,
+        args.beam,
+        args.released,
+    )
 
 
-def load_captioner(path: str | Path, args: argparse.Namespace, saved: dict | None = None
-                   ) -> Captioner:
+def load_captioner(
+    path: str | Path, args: argparse.Namespace, saved: dict | None = None
+) -> Captioner:
     """The captioner of a checkpoint (`saved` if it has been read), ours or VirTex's; sets the flags
     that describe it. --vocabulary replaces its words."""
     saved = saved or runtime.torch_load(path)
@@ -584,13 +691,14 @@ def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, Ban
 
     def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
         which = torch.rand(len(index), generator=random) * counts[index]
-        said = tokens[index, which.long()]                               # [B, 30]
+        said = tokens[index, which.long()]  # [B, 30]
         said = torch.where(flip[:, None], mirror[said], said)
-        said = said[:, :int((said != PAD).sum(1).max())]                 # the longest one's length
+        said = said[:, : int((said != PAD).sum(1).max())]  # the longest one's length
         said = said.to(args.device, non_blocking=True)
         with autocast(args.device, args.amp):
             logits = net(bank.images(index, flip), said)
         return caption_loss(logits, said)
+
     return net, bank, loss
 
 
@@ -619,8 +727,10 @@ def load_encoder(encoder: MiT, args: argparse.Namespace) -> None:
     """Fill the encoder from --encoder-weights; raises `UserError` unless every key has its place"""
     weights = args.encoder_weights or ("none" if args.encoder == "mit_tiny" else None)
     if weights is None:
-        raise UserError(f"--encoder-weights: give a file with the weights of {args.encoder} (from "
-                        "smp-hub or nvidia on huggingface.co, or OpenMMLab), or none")
+        raise UserError(
+            f"--encoder-weights: give a file with the weights of {args.encoder} (from "
+            "smp-hub or nvidia on huggingface.co, or OpenMMLab), or none"
+        )
     if weights != "none":
         with naming("encoder-weights"):
             runtime.load_state(encoder, mit_state(read_state(weights)), weights, MIT_HEADS)
@@ -631,8 +741,10 @@ def find(flag: str, stage: str, args: argparse.Namespace) -> Path:
     given = getattr(args, flag)
     path = Path(given or args.out / stage / "last.pt")
     if not given and not path.exists():
-        raise UserError(f"there is no {path}; make it: python sdg_sod.py --stage {stage} "
-                        f"--data {args.data} --out {args.out}")
+        raise UserError(
+            f"there is no {path}; make it: python sdg_sod.py --stage {stage} "
+            f"--data {args.data} --out {args.out}"
+        )
     return path
 
 
@@ -641,8 +753,11 @@ def load_sod(flag: str, args: argparse.Namespace) -> dict[str, Tensor]:
     path = find(flag, "sod", args)
     with naming(flag):
         saved = runtime.load_checkpoint(path, "sdg_sod", "sod")
-        other = [f"--{name} {saved['args'][name]}" for name in ("encoder", "decoder", "width")
-                 if saved["args"][name] != getattr(args, name)]
+        other = [
+            f"--{name} {saved['args'][name]}"
+            for name in ("encoder", "decoder", "width")
+            if saved["args"][name] != getattr(args, name)
+        ]
         if other:
             raise UserError(f"{path} was trained with {', '.join(other)}: give the same flags")
     return saved["model"]
@@ -671,8 +786,9 @@ def check_files(stages: Sequence[str], args: argparse.Namespace) -> None:
         if open_set(args.captions, args.data_root, masks=False)[0]["caption"] is None:
             raise UserError(f"--captions {args.captions}: not every picture has a caption")
         if args.vocabulary:
-            raise UserError("--vocabulary is for VirTex's captioner (--captioner FILE): ours knows "
-                            "its words")
+            raise UserError(
+                "--vocabulary is for VirTex's captioner (--captioner FILE): ours knows its words"
+            )
         make_backbone(args)
     if {"control", "guide"} & set(stages[1:]):
         open_set(args.data, args.data_root)
@@ -686,10 +802,14 @@ def check_files(stages: Sequence[str], args: argparse.Namespace) -> None:
 def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD, Bank, Loss]:
     """Network, number of images and loss of the stages sod, control and guide."""
     dataset = open_set(args.data, args.data_root)
-    if args.decoder in ("psp", "aspp", "apc") and \
-            min(args.batch_size, len(dataset)) < 2 * args.world.size:
-        raise UserError(f"--decoder {args.decoder} normalises over a batch what it sees of whole "
-                        "photos: it needs at least two in each process's share of --batch-size")
+    if (
+        args.decoder in ("psp", "aspp", "apc")
+        and min(args.batch_size, len(dataset)) < 2 * args.world.size
+    ):
+        raise UserError(
+            f"--decoder {args.decoder} normalises over a batch what it sees of whole "
+            "photos: it needs at least two in each process's share of --batch-size"
+        )
     sdg = start_net(stage, args).to(args.device)
     bank = Bank(dataset, args.size, args.device, folder, parts=("image", "mask"))
     if not bank.has["mask"].all():
@@ -705,12 +825,13 @@ def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD
         box, m = draw_crops(len(index), args.crop, random), None
         image, mask = (crop(x, box) for x in (bank.images(index, flip), bank.masks(index, flip)))
         if stage == "guide" and not args.live:
-            m = guidance()[index.to(args.device, non_blocking=True)]     # [B, 1, 7, 7]
+            m = guidance()[index.to(args.device, non_blocking=True)]  # [B, 1, 7, 7]
             mirrored = flip.to(args.device, non_blocking=True).view(-1, 1, 1, 1)
             m = crop(torch.where(mirrored, m.flip(3), m), box)
         with autocast(args.device, args.amp):
             logit = net(image, m)
         return structure_loss(logit, mask, args.bce)
+
     return sdg, bank, loss
 
 
@@ -726,7 +847,7 @@ def map_bank(captioner: Captioner, bank: Bank, args: argparse.Namespace) -> Tens
             break
     maps = torch.zeros(len(bank), *parts[0].shape[1:])
     for rank, part in enumerate(args.world.gather(torch.cat(parts))):
-        maps[rank::args.world.size][:len(part)] = part
+        maps[rank :: args.world.size][: len(part)] = part
     return maps.to(args.device)
 
 
@@ -738,16 +859,20 @@ def rate(step: int, steps: int) -> float:
 def train(stage: str, args: argparse.Namespace) -> nn.Module:
     """Train one stage from its start or, with --resume, from last.pt."""
     world, folder, at = args.world, args.out / stage, STAGES.index(stage)
-    epochs, args.lexicon = args.epochs[at], None     # the stages caption and guide set the lexicon
+    epochs, args.lexicon = args.epochs[at], None  # the stages caption and guide set the lexicon
     torch.manual_seed(args.seed)
-    net, bank, loss = caption_task(args, folder) if stage == "caption" else \
-        sod_task(stage, args, folder)
+    net, bank, loss = (
+        caption_task(args, folder) if stage == "caption" else sod_task(stage, args, folder)
+    )
     if args.compile:
         net.compile()
     learnt = [p for p in net.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW([  # matrices decay, norms and biases do not
-        {"params": [p for p in learnt if p.dim() > 1], "weight_decay": 0.01},
-        {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0}])
+    optimiser = torch.optim.AdamW(
+        [  # matrices decay, norms and biases do not
+            {"params": [p for p in learnt if p.dim() > 1], "weight_decay": 0.01},
+            {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0},
+        ]
+    )
     flags = harness.plain_flags(args, bank.names) | {"epochs": epochs, "lr": args.lr[at]}
     short = {name: value for name, value in flags.items() if name != "lexicon"}  # 10,000 words
     check_lexicon(stage, args)
@@ -760,7 +885,7 @@ def train(stage: str, args: argparse.Namespace) -> nn.Module:
         net.train()
         mean, images = train_epoch(stage, parallel, loss, optimiser, len(bank), epoch, args)
         runtime.require_finite(mean, epoch)
-        world.average_statistics(net)                                    # D11
+        world.average_statistics(net)  # D11
         picture = folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = watch(partial(forward, net, args=args), picture) if watch else {}
         log.epoch(epoch, images, loss=mean, lr=optimiser.param_groups[0]["lr"], **seen)
@@ -777,20 +902,30 @@ def check_lexicon(stage: str, args: argparse.Namespace) -> None:
         was = runtime.load_checkpoint(path, "sdg_sod", stage)["args"]["lexicon"]
         if was != args.lexicon:
             source = "captions" if stage == "caption" else "captioner"
-            raise UserError(f"{path}: the captioner's vocabulary is another; give --resume the "
-                            f"same --{source}, or another --out for a new run")
+            raise UserError(
+                f"{path}: the captioner's vocabulary is another; give --resume the "
+                f"same --{source}, or another --out for a new run"
+            )
 
 
-def train_epoch(stage: str, net: nn.Module, loss: Loss, optimiser: torch.optim.Optimizer,
-                count: int, epoch: int, args: argparse.Namespace) -> tuple[float, int]:
+def train_epoch(
+    stage: str,
+    net: nn.Module,
+    loss: Loss,
+    optimiser: torch.optim.Optimizer,
+    count: int,
+    epoch: int,
+    args: argparse.Namespace,
+) -> tuple[float, int]:
     """One pass over `count` images: (mean loss, number of images)."""
     world, total, done = args.world, torch.zeros((), device=args.device), 0
     order, batch = epoch_order(count, args.batch_size, args.seed, epoch, world)
     steps, at = len(order) // batch, STAGES.index(stage)
     random = generator("cpu", args.seed, stage, epoch, world.rank)
     torch.manual_seed(random.initial_seed())  # dropout of a resumed epoch shall be the same
-    for index, flip in progress(batches(order, batch, args.seed, epoch, world),
-                                f"{stage} epoch {epoch}", steps):
+    for index, flip in progress(
+        batches(order, batch, args.seed, epoch, world), f"{stage} epoch {epoch}", steps
+    ):
         for group in optimiser.param_groups:
             group["lr"] = args.lr[at] * rate((epoch - 1) * steps + done, args.epochs[at] * steps)
         value = loss(net, index, flip, random)
@@ -812,8 +947,9 @@ def judging(stage: str, args: argparse.Namespace) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def forward(net: SDGSOD, image: Tensor, args: argparse.Namespace, m: Tensor | None = None
-            ) -> Tensor:
+def forward(
+    net: SDGSOD, image: Tensor, args: argparse.Namespace, m: Tensor | None = None
+) -> Tensor:
     """Saliency logit [B, 1, H, W], in eval mode; m: see `SDGSOD.forward`."""
     net.eval()
     with autocast(args.device, args.amp):
@@ -821,8 +957,9 @@ def forward(net: SDGSOD, image: Tensor, args: argparse.Namespace, m: Tensor | No
 
 
 @torch.no_grad()
-def describe(captioner: Captioner, image: Tensor, args: argparse.Namespace
-             ) -> tuple[list[tuple[list[str], Tensor]], Tensor]:
+def describe(
+    captioner: Captioner, image: Tensor, args: argparse.Namespace
+) -> tuple[list[tuple[list[str], Tensor]], Tensor]:
     """Images [B, 3, S, S] -> of each the words and their maps [words, 7, 7]; the sums of the maps
     [B, 1, 7, 7]."""
     captioner.eval()
@@ -843,8 +980,10 @@ def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
             for sample, image, (said, maps) in zip(samples, images, found):
                 scores.add(sample, said, maps)
                 if len(scores.texts) <= 8:
-                    save_png(folder / "vis" / f"{sample['name']}.png",
-                             captions.draw_words([image], said, maps))
+                    save_png(
+                        folder / "vis" / f"{sample['name']}.png",
+                        captions.draw_words([image], said, maps),
+                    )
             if captions.whole(args.lexicon) and all(sample["caption"] for sample in samples):
                 first = tokenise([s["caption"][:1] for s in samples], args.lexicon)[0][:, 0]
                 logit = captioner.read(captioner.see(images), first.to(args.device))[0]
@@ -865,35 +1004,53 @@ def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> harness.Re
 
 def predict_words(net: nn.Module, args: argparse.Namespace) -> None:
     """Write <out>/predict/<stem>_words.png: photo, saliency unless of stage caption, words."""
-    photos = harness.Photo(args.predict) if args.predict.is_file() else \
-        open_set(args.predict, args.data_root, masks=False)
+    photos = (
+        harness.Photo(args.predict)
+        if args.predict.is_file()
+        else open_set(args.predict, args.data_root, masks=False)
+    )
     captioner = net if isinstance(net, Captioner) else net.captioner
     for samples, images in harness.batches_of(photos, args, "words"):
         found, m = describe(captioner, images, args)
         logits = [] if net is captioner else forward(net, images, args, m)
         for i, (said, maps) in enumerate(found):
             print(f"{samples[i]['name']}: {' '.join(said)}")
-            pictures = [images[i], *(torch.sigmoid(logit) for logit in logits[i:i + 1])]
-            save_png(args.out / "predict" / f"{samples[i]['name']}_words.png",
-                     captions.draw_words(pictures, said, maps))
+            pictures = [images[i], *(torch.sigmoid(logit) for logit in logits[i : i + 1])]
+            save_png(
+                args.out / "predict" / f"{samples[i]['name']}_words.png",
+                captions.draw_words(pictures, said, maps),
+            )
 
 
 def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
     """Stage and network of one of our checkpoints, or of VirTex's."""
     saved = runtime.torch_load(path)
     ours = "method" in saved
-    args.out = args.out or (harness.run_of(path, STAGES) if ours else
-                            Path("runs", "sdg_sod-released"))
+    args.out = args.out or (
+        harness.run_of(path, STAGES) if ours else Path("runs", "sdg_sod-released")
+    )
     if not ours or saved.get("stage") == "caption":
-        was = saved["args"] if ours else {**PAPER, "data": "DUTS-TR", "size": GRID,
-                                          "released": args.released}
+        was = (
+            saved["args"]
+            if ours
+            else {**PAPER, "data": "DUTS-TR", "size": GRID, "released": args.released}
+        )
         args.data, args.released = was["data"], was["released"]
         for name in ("size", "beam", "attn_row"):
             setattr(args, name, getattr(args, name) or was[name])
         stage, net = "caption", load_captioner(path, args, saved)
     else:
-        names = (*CAPTIONER, "encoder", "decoder", "width", "scales", "attn_norm", "attn_row",
-                 "released", "data")
+        names = (
+            *CAPTIONER,
+            "encoder",
+            "decoder",
+            "width",
+            "scales",
+            "attn_norm",
+            "attn_row",
+            "released",
+            "data",
+        )
         saved = harness.restore(path, "sdg_sod", args, names, ("size", "beam"))
         stage, captioner = saved["stage"], None
         if stage == "guide":
@@ -917,13 +1074,17 @@ def main(argv: list[str] | None = None) -> None:
         args.weights = args.weights or run / (args.stage or "guide") / "last.pt"
         stage, net = load(args.weights, args)
         if args.words and stage in ("sod", "control"):
-            raise UserError(f"--words: {args.weights} is of stage {stage}, which knows no words; "
-                            "give a checkpoint of stage caption or guide")
+            raise UserError(
+                f"--words: {args.weights} is of stage {stage}, which knows no words; "
+                "give a checkpoint of stage caption or guide"
+            )
         if not args.predict:
             if args.eval and not judging(stage, args).eval:
                 part = "captions" if stage == "caption" else "masks"
-                raise UserError(f"--eval {' '.join(args.eval)}: stage {stage} is judged by {part}, "
-                                "which these sets lack")
+                raise UserError(
+                    f"--eval {' '.join(args.eval)}: stage {stage} is judged by {part}, "
+                    "which these sets lack"
+                )
             harness.save_results(evaluate(stage, net, args), args, args.out / stage)
         elif stage != "caption":
             harness.predict(partial(forward, net, args=args), args)
@@ -942,8 +1103,14 @@ def main(argv: list[str] | None = None) -> None:
         results |= evaluate(stage, train(stage, args), args)
         if stage != "caption":
             harness.save_results(results, args, args.out / stage)
-    harness.gallery([f"{stage}/pred/{{}}-{stage}" for stage in ("sod", "control", "guide")
-                     if (args.out / stage).exists()], judging("sod", args))
+    harness.gallery(
+        [
+            f"{stage}/pred/{{}}-{stage}"
+            for stage in ("sod", "control", "guide")
+            if (args.out / stage).exists()
+        ],
+        judging("sod", args),
+    )
 
 
 if __name__ == "__main__":

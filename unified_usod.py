@@ -57,6 +57,7 @@ its README, transfer trains a new detector on the target's labels (Fig. 2).
 
 Shapes: B batch, H W input size, h w feature size. Images and modalities are in [0, 1].
 """
+
 import argparse
 from functools import partial
 from pathlib import Path
@@ -73,48 +74,97 @@ from common.datasets import load_mask, open_set
 from common.runtime import UserError, autocast, generator, progress, save_png
 
 METHOD = "unified_usod"
-PAPER = {"epochs": (20, 10), "lr": (0.1, 0.005), "batch_size": 8, "size": 320, "width": 1.0,
-         "backbone": "resnet50", "sxy": 50.0, "srgb": 5.0}
-SHAPES = {"epochs": (1, 3), "lr": (0.1, 0.02), "batch_size": 8, "size": 128, "width": 0.125,
-          "backbone": "tiny", "sxy": 100.0, "srgb": 20.0}
+PAPER = {
+    "epochs": (20, 10),
+    "lr": (0.1, 0.005),
+    "batch_size": 8,
+    "size": 320,
+    "width": 1.0,
+    "backbone": "resnet50",
+    "sxy": 50.0,
+    "srgb": 5.0,
+}
+SHAPES = {
+    "epochs": (1, 3),
+    "lr": (0.1, 0.02),
+    "batch_size": 8,
+    "size": 128,
+    "width": 0.125,
+    "backbone": "tiny",
+    "sxy": 100.0,
+    "srgb": 20.0,
+}
 FIXED = ("backbone", "pixels", "borders", "sign", "width", "released", "data")  # a checkpoint's
 FREE = ("size", "sxy", "srgb", "backbone_weights", "threshold", "bn")  # ... unless given
 SIDES = (0.6, 0.8, 1.2, 1.4)  # of the second scale: 192, 256, 384, 448 for 320
 TARGETS = {"video": ("VSOD-TR", "shapes-video"), "rsi": ("RSSD-TR", "shapes-top")}
-PAPER_SETS = {"DUTS-TR": "DUT-OMRON DUTS-TE ECSSD HKU-IS PASCAL-S", "VT5000-TR": "VT5000-TE VT1000 "
-              "VT821", "RGBD-TR": "RGBD135 NJUD NLPR SIP", "VSOD-TR": "DAVSOD DAVIS SegV2 FBMS",
-              "RSSD-TR": "ORSSD EORSSD"}  # what Tables 1 to 5 evaluate, by training set
+PAPER_SETS = {
+    "DUTS-TR": "DUT-OMRON DUTS-TE ECSSD HKU-IS PASCAL-S",
+    "VT5000-TR": "VT5000-TE VT1000 VT821",
+    "RGBD-TR": "RGBD135 NJUD NLPR SIP",
+    "VSOD-TR": "DAVSOD DAVIS SegV2 FBMS",
+    "RSSD-TR": "ORSSD EORSSD",
+}  # what Tables 1 to 5 evaluate, by training set
 
 
 # ---- Config --------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
     """All flags. A default of None is the paper's value, or the small preset's on shapes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     epilog="The docstring of this file explains the method.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="The docstring of this file explains the method.",
+    )
     add = parser.add_argument_group("method").add_argument
     add("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
-    add("--transfer", metavar="TASK", help="carry the run folder's networks to video, rsi, or any "
-        "set, and compare with zero-shot")
+    add(
+        "--transfer",
+        metavar="TASK",
+        help="carry the run folder's networks to video, rsi, or any "
+        "set, and compare with zero-shot",
+    )
     add("--released", action="store_true", help="the authors' code (D1 to D7)")
     add("--bn", choices=("stored", "batch"), help="BatchNorm's statistics, see D7 [stored]")
     add("--sign", choices=SIGNS, default="corners", help="what is background? [corners]")
     add("--pcl", choices=("on", "off"), help="hard pixels come later, see D3 [on]")
     add("--power", choices=("linear", "annealed"), help="of L_pcl-sd, see D2 [linear]")
     add("--gamma", type=float, default=0.05, help="weight of L_btm [0.05]")
-    add("--multi-scale", choices=("on", "off"), default="on",
-        help="a second scale, with L_sc in stage 1 and L_ms in stage 2 [on]")
-    add("--threshold", choices=("otsu", "fixed"),
-        help="of the map before the CRF; fixed: 0.5 [otsu]")
+    add(
+        "--multi-scale",
+        choices=("on", "off"),
+        default="on",
+        help="a second scale, with L_sc in stage 1 and L_ms in stage 2 [on]",
+    )
+    add(
+        "--threshold",
+        choices=("otsu", "fixed"),
+        help="of the map before the CRF; fixed: 0.5 [otsu]",
+    )
     add("--sxy", type=float, help="CRF's reach in a photo of 320 pixels [50]")
     add("--srgb", type=float, help="CRF's tolerance of grey levels [5]")
     add("--width", type=float, help="share of the detector's channels [1]")
     add("--loss", choices=LABEL_LOSSES, default="iou", help="of stage 2, Table 8 [iou]")
-    add("--aux", type=float, nargs=3, default=[0.2, 0, 0], metavar="W",
-        help="loss weights of the heads of photo chain, modality chain, global map [.2 0 0]")
-    add("--labels", type=Path, metavar="DIR",
-        help="for stage 2, the pseudo labels of another run [<out>/pseudo]")
-    add("--spr", type=float, nargs=3, metavar="W", help="weights of prior, posterior, previous "
-        "label, Table 7; 0 0 1 rectifies nothing [.2 .6 .2]")
+    add(
+        "--aux",
+        type=float,
+        nargs=3,
+        default=[0.2, 0, 0],
+        metavar="W",
+        help="loss weights of the heads of photo chain, modality chain, global map [.2 0 0]",
+    )
+    add(
+        "--labels",
+        type=Path,
+        metavar="DIR",
+        help="for stage 2, the pseudo labels of another run [<out>/pseudo]",
+    )
+    add(
+        "--spr",
+        type=float,
+        nargs=3,
+        metavar="W",
+        help="weights of prior, posterior, previous "
+        "label, Table 7; 0 0 1 rectifies nothing [.2 .6 .2]",
+    )
     harness.add_flags(parser)
     parser.set_defaults(data="shapes+shapes-depth+shapes-thermal", pairs=True)
     return parser
@@ -126,7 +176,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
     # one number on the command line serves both stages
     args.epochs, args.lr = (v if isinstance(v, tuple) else (v, v) for v in (args.epochs, args.lr))
     args.threshold = args.threshold or "otsu"
-    args.bn = args.bn or ("batch" if args.released else "stored")        # D7
+    args.bn = args.bn or ("batch" if args.released else "stored")  # D7
     args.pcl = args.pcl or ("off" if args.released and args.transfer else "on")  # D3
     args.power = args.power or ("annealed" if args.released else "linear")  # D2
     args.spr = args.spr or ([0.1, 0.7, 0.2] if args.released else [0.2, 0.6, 0.2])  # D5
@@ -154,7 +204,7 @@ class SEBlock(nn.Module):
         self.gate = nn.Conv2d(width, width, 1)
 
     def forward(self, e: Tensor) -> Tensor:
-        f = F.relu(self.norm(self.conv(e)))                              # [B, 64, h, w]
+        f = F.relu(self.norm(self.conv(e)))  # [B, 64, h, w]
         return f * torch.sigmoid(self.gate(f.mean((2, 3), keepdim=True)))
 
 
@@ -164,8 +214,13 @@ class CueExtractor(nn.Module):
     adapter: a second block beside T on the deepest level, F^ = T(F) + Ta(F), for transfer.
     """
 
-    def __init__(self, encoder: nn.Module, sign: str = "corners", adapter: bool = False,
-                 released: bool = False):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        sign: str = "corners",
+        adapter: bool = False,
+        released: bool = False,
+    ):
         super().__init__()
         self.encoder, self.sign, self.released = encoder, SIGNS[sign], released
         self.encoder.requires_grad_(False)
@@ -179,7 +234,7 @@ class CueExtractor(nn.Module):
             _, e2, e3, e4, e5 = self.encoder(image)
         f5 = self.se5(e5) if self.adapter is None else self.se5(e5) + self.adapter(e5)
         f = self.se0(torch.cat([resize(f, e2) for f in (self.se3(e3), self.se4(e4), f5)], 1))
-        m = f.float().sum(1, keepdim=True)                               # [B, 1, H/4, W/4]
+        m = f.float().sum(1, keepdim=True)  # [B, 1, H/4, W/4]
         return m - m.mean((2, 3), keepdim=True)
 
     def forward(self, *images: Tensor) -> list[Tensor]:
@@ -188,14 +243,17 @@ class CueExtractor(nn.Module):
         Positive is salient. The first size decides on it for all of them (D6).
         """
         thetas = [self.activation(image[:, :3]) for image in images]
-        signs = [self.sign(theta) for theta in thetas] if self.released else \
-            [self.sign(thetas[0])] * len(thetas)
+        signs = (
+            [self.sign(theta) for theta in thetas]
+            if self.released
+            else [self.sign(thetas[0])] * len(thetas)
+        )
         return [resize(sign * theta, image) for sign, theta, image in zip(signs, thetas, images)]
 
 
 def corner_sign(theta: Tensor) -> Tensor:
     """-1 where two or more of the four corners are positive, else +1. -> [B, 1, 1, 1]"""
-    corners = theta[:, :, ::theta.shape[2] - 1, ::theta.shape[3] - 1]    # [B, 1, 2, 2]
+    corners = theta[:, :, :: theta.shape[2] - 1, :: theta.shape[3] - 1]  # [B, 1, 2, 2]
     return torch.where((corners > 0).sum((2, 3), keepdim=True) >= 2, -1.0, 1.0)
 
 
@@ -215,8 +273,9 @@ def resize(x: Tensor, like: Tensor, corners: bool = True) -> Tensor:
 # ---- Model: stage 2 ------------------------------------------------------------------------------
 def conv(before: int, after: int, size: int = 3) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU."""
-    return nn.Sequential(nn.Conv2d(before, after, size, padding=size // 2), nn.BatchNorm2d(after),
-                         nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(before, after, size, padding=size // 2), nn.BatchNorm2d(after), nn.ReLU()
+    )
 
 
 class ChannelGate(nn.Module):
@@ -224,8 +283,9 @@ class ChannelGate(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Conv2d(channels, channels // 2, 1), nn.ReLU(),
-                                 nn.Conv2d(channels // 2, channels, 1))
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, channels // 2, 1), nn.ReLU(), nn.Conv2d(channels // 2, channels, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mean, peak = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
@@ -239,9 +299,13 @@ class GlobalInfo(nn.Module):
         super().__init__()
         self.gate, self.reduce = ChannelGate(before), conv(before, after // 2)
         self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveMaxPool2d(cells),
-                          nn.Conv2d(after // 2, after // 4, 1, bias=False), nn.ReLU())
-            for cells in (13, 9, 5, 1))
+            nn.Sequential(
+                nn.AdaptiveMaxPool2d(cells),
+                nn.Conv2d(after // 2, after // 4, 1, bias=False),
+                nn.ReLU(),
+            )
+            for cells in (13, 9, 5, 1)
+        )
         self.fuse = conv(after // 2 * 3, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,8 +327,11 @@ class Fusion(nn.Module):
     def forward(self, own: Tensor, other: Tensor, level: Tensor, context: Tensor) -> Tensor:
         """Two chains' maps of the level below, [B, before, h/2, w/2] -> [B, level, h, w]"""
         before = resize(self.gate_before(torch.cat([own, other], 1)), level)
-        return self.out(self.before(before) + self.level(self.gate_level(level))
-                        + self.context(resize(context, level)))
+        return self.out(
+            self.before(before)
+            + self.level(self.gate_level(level))
+            + self.context(resize(context, level))
+        )
 
 
 class Detector(nn.Module):
@@ -276,19 +343,22 @@ class Detector(nn.Module):
     def __init__(self, rgb: nn.Module, modality: nn.Module, width: float = 1.0):
         super().__init__()
         c2, c3, c4, c5 = (4 * max(1, round(width * c / 4)) for c in (128, 256, 512, 512))
-        widths, inner = (rgb.channels[0], c2, c3, c4, c5), c2            # level 1 stays as it is
+        widths, inner = (rgb.channels[0], c2, c3, c4, c5), c2  # level 1 stays as it is
         self.encoders = nn.ModuleList([rgb, modality])
         self.laterals = nn.ModuleList(
             nn.ModuleList(map(partial(conv, size=1), encoder.channels[1:], widths[1:]))
-            for encoder in self.encoders)
+            for encoder in self.encoders
+        )
         self.global_info = GlobalInfo(2 * c5, c5)
         below = (c2, c3, c4, c5)
         self.chains = nn.ModuleList(
             nn.ModuleList(Fusion(*pair, c5, inner) for pair in zip(below, widths))
-            for _ in self.encoders)
+            for _ in self.encoders
+        )
         self.gate = ChannelGate(2 * widths[0])
-        self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1)
-                                   for c in (2 * widths[0], widths[0], widths[0], c5))
+        self.heads = nn.ModuleList(
+            nn.Conv2d(c, 1, 1) for c in (2 * widths[0], widths[0], widths[0], c5)
+        )
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("encoders."):
                 nn.init.normal_(module.weight, std=0.01)  # not in the paper; released code
@@ -296,18 +366,22 @@ class Detector(nn.Module):
     def taps(self, stream: int, image: Tensor) -> list[Tensor]:
         """Five levels of one stream [B, 3, H, W]: at H/4 (after a pooling), H/4, H/8 ... H/32."""
         first, *rest = self.encoders[stream](image)
-        return [F.max_pool2d(first, 3, 2, 1),
-                *(lateral(e) for lateral, e in zip(self.laterals[stream], rest))]
+        return [
+            F.max_pool2d(first, 3, 2, 1),
+            *(lateral(e) for lateral, e in zip(self.laterals[stream], rest)),
+        ]
 
     def decode(self, pair: Tensor) -> list[Tensor]:
         """Photo and modality [B, 6, H, W] -> logits of the output and of both chains
         [B, 1, H/4, W/4], and of the global map [B, 1, H/32, W/32]."""
         levels = [self.taps(stream, image) for stream, image in enumerate(pair.split(3, 1))]
         context = self.global_info(torch.cat([levels[0][4], levels[1][4]], 1))
-        before = [(context, levels[1][4]), (context, levels[0][4])]      # (own, the other's)
+        before = [(context, levels[1][4]), (context, levels[0][4])]  # (own, the other's)
         for level in (3, 2, 1, 0):
-            maps = [chain[level](own, other, taps[level], context)
-                    for chain, (own, other), taps in zip(self.chains, before, levels)]
+            maps = [
+                chain[level](own, other, taps[level], context)
+                for chain, (own, other), taps in zip(self.chains, before, levels)
+            ]
             before = [maps, maps[::-1]]
         inputs = (self.gate(torch.cat(maps, 1)), *maps, context)
         return [head(x).float() for head, x in zip(self.heads, inputs)]
@@ -324,7 +398,7 @@ def distilling_loss(theta: Tensor, hard: float = 0.0, power: float = 1.0) -> Ten
     theta [B, 1, H, W]. With k = power = 1 it is the paper's 0.5 - mean|M S - 0.5|.
     """
     d = (torch.sigmoid(theta.float()) - 0.5).abs()
-    return ((d.detach() >= hard) * (0.5 ** power - d ** power)).mean()
+    return ((d.detach() >= hard) * (0.5**power - d**power)).mean()
 
 
 def btm_loss(theta: Tensor, guide: Tensor) -> Tensor:
@@ -334,25 +408,31 @@ def btm_loss(theta: Tensor, guide: Tensor) -> Tensor:
     At a quarter of the size, mean over the boundary (5 x 5 dilation less erosion) of
     sum_j exp(-200 |g_i - g_j|^2) |S_i - S_j|, j in the 11 x 11 window; 0 without a boundary.
     """
-    def window(x: Tensor) -> Tensor:                                     # -> [B, 121, h w]
+
+    def window(x: Tensor) -> Tensor:  # -> [B, 121, h w]
         return F.unfold(x, 11, padding=5)
+
     s, guide = torch.sigmoid(theta.float()), guide.float()
-    s, guide = (F.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=True)
-                for x in (s, guide))
+    s, guide = (
+        F.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=True) for x in (s, guide)
+    )
     with torch.no_grad():
         side = (s > 0.5).float()
         edge = F.max_pool2d(side, 5, 1, 2) + F.max_pool2d(-side, 5, 1, 2)
         distance = sum((window(g) - g.flatten(2)).square() for g in guide.split(1, 1))
-        weight = torch.exp(-200 * distance) * edge.flatten(2)            # [B, 121, h w]
+        weight = torch.exp(-200 * distance) * edge.flatten(2)  # [B, 121, h w]
     return (weight * (window(s) - s.flatten(2)).abs()).sum() / edge.sum().clamp(min=1)
 
 
-def cue_loss(thetas: list[Tensor], guides: list[Tensor], hard: float, power: float,
-             gamma: float) -> Tensor:
+def cue_loss(
+    thetas: list[Tensor], guides: list[Tensor], hard: float, power: float, gamma: float
+) -> Tensor:
     """L_sce = L_pcl-sd + gamma L_btm of every scale + L_sc, the mean square of the difference
     between a photo's map and the map of the scaled photo (D9)."""
-    loss = sum(distilling_loss(theta, hard, power) + gamma * btm_loss(theta, guide)
-               for theta, guide in zip(thetas, guides))
+    loss = sum(
+        distilling_loss(theta, hard, power) + gamma * btm_loss(theta, guide)
+        for theta, guide in zip(thetas, guides)
+    )
     s, *scaled = (torch.sigmoid(theta.float()) for theta in thetas)
     return loss + sum(F.mse_loss(s, resize(other, s)) for other in scaled)
 
@@ -364,8 +444,11 @@ def iou_loss(y: Tensor, g: Tensor) -> Tensor:
     return (1 - both / ((p + g - p * g).sum((1, 2, 3)) + 1e-7)).mean()
 
 
-LABEL_LOSSES = {"iou": iou_loss, "bce": F.binary_cross_entropy_with_logits,
-                "iou+bce": lambda y, g: iou_loss(y, g) + F.binary_cross_entropy_with_logits(y, g)}
+LABEL_LOSSES = {
+    "iou": iou_loss,
+    "bce": F.binary_cross_entropy_with_logits,
+    "iou+bce": lambda y, g: iou_loss(y, g) + F.binary_cross_entropy_with_logits(y, g),
+}
 
 
 def detector_loss(logits: list[list[Tensor]], g: Tensor, kind: str, aux: list[float]) -> Tensor:
@@ -374,9 +457,10 @@ def detector_loss(logits: list[list[Tensor]], g: Tensor, kind: str, aux: list[fl
     """
     loss = 0
     for share, heads in zip((1, 0.5), logits):
-        target = F.interpolate(g, heads[0].shape[2:])                    # nearest
-        loss += share * sum(weight * LABEL_LOSSES[kind](y, target)
-                            for weight, y in zip((1, *aux), heads))
+        target = F.interpolate(g, heads[0].shape[2:])  # nearest
+        loss += share * sum(
+            weight * LABEL_LOSSES[kind](y, target) for weight, y in zip((1, *aux), heads)
+        )
     for heads in logits[1:]:
         first = torch.sigmoid(resize(logits[0][0].detach(), heads[0], corners=False))
         loss += F.mse_loss(torch.sigmoid(heads[0]), first)
@@ -384,16 +468,23 @@ def detector_loss(logits: list[list[Tensor]], g: Tensor, kind: str, aux: list[fl
 
 
 # ---- Training ------------------------------------------------------------------------------------
-def make_net(stage: int, args: argparse.Namespace, weights: str | None,
-             adapter: bool = False) -> nn.Module:
+def make_net(
+    stage: int, args: argparse.Namespace, weights: str | None, adapter: bool = False
+) -> nn.Module:
     """The network of a stage, on the device; `weights` as for `backbone`."""
+
     def encoder(pixels: str) -> nn.Module:
         return backbone(args.backbone, weights, pixels, args.bn == "stored", borders=args.borders)
-    net = CueExtractor(encoder(args.pixels), args.sign, adapter, args.released) if stage == 1 else \
-        Detector(encoder(args.pixels), encoder("unit" if args.bn == "batch" else args.pixels),
-                 args.width)                                             # D7
+
+    net = (
+        CueExtractor(encoder(args.pixels), args.sign, adapter, args.released)
+        if stage == 1
+        else Detector(
+            encoder(args.pixels), encoder("unit" if args.bn == "batch" else args.pixels), args.width
+        )
+    )  # D7
     if adapter and not args.released:
-        net.adapter.conv.padding_mode = "replicate"                      # D12
+        net.adapter.conv.padding_mode = "replicate"  # D12
     net = net.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         net.compile()
@@ -421,11 +512,19 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
     net = make_net(stage, args, "none" if adapting else args.backbone_weights, adapting)
     if adapting:
         adapt(net, args)
-    parts = {inside: [p for name, p in net.named_parameters() if p.requires_grad
-                      and name.startswith("encoders.") == inside] for inside in (False, True)}
-    optimiser = torch.optim.SGD([{"params": parts[False], "scale": 1.0},
-                                 {"params": parts[True], "scale": 0.1}],
-                                momentum=0.9, weight_decay=5e-4 if stage == 1 else 0)
+    parts = {
+        inside: [
+            p
+            for name, p in net.named_parameters()
+            if p.requires_grad and name.startswith("encoders.") == inside
+        ]
+        for inside in (False, True)
+    }
+    optimiser = torch.optim.SGD(
+        [{"params": parts[False], "scale": 1.0}, {"params": parts[True], "scale": 0.1}],
+        momentum=0.9,
+        weight_decay=5e-4 if stage == 1 else 0,
+    )
     bank = Bank(dataset, args.size, args.device, folder, parts=("image", "modality"))
     flags = harness.plain_flags(args, bank.names)
     flags |= {"epochs": epochs, "lr": args.lr[stage - 1]}
@@ -438,7 +537,7 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
         net.train()  # but an encoder with stored statistics keeps them (D7)
         loss, images = train_epoch(stage, world.parallel(net), optimiser, bank, labels, epoch, args)
         runtime.require_finite(loss, epoch)
-        world.average_statistics(net)                                    # D11
+        world.average_statistics(net)  # D11
         logit, picture = partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png"
         seen = {"mirror": harness.mirror(logit, bank)} if stage == 1 else {}
         seen |= watch(logit, picture)
@@ -454,30 +553,40 @@ def train(stage: int, args: argparse.Namespace) -> nn.Module:
 
 def curriculum(time: float, args: argparse.Namespace) -> tuple[float, float]:
     """Stage 1's p, below which |S - 0.5| is hard, and power after `time` epochs, a fraction."""
-    ec, et = int(time) + 1 if args.released else time, args.epochs[0]    # D1
+    ec, et = int(time) + 1 if args.released else time, args.epochs[0]  # D1
     hard = max(0.0, 0.2 - 0.6 * ec / et) if args.pcl == "on" else 0.0
     return hard, 2 ** (1 - (ec - args.released) / et) if args.power == "annealed" else 1.0
 
 
 def rate(stage: int, time: float, args: argparse.Namespace) -> float:
     """Learning rate after `time` epochs, a fraction."""
-    falling = stage == 1 or args.released                                # D4
+    falling = stage == 1 or args.released  # D4
     return args.lr[stage - 1] * (1 - 0.8 * falling * time / args.epochs[stage - 1])
 
 
-def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, bank: Bank,
-                labels: MapBank | None, epoch: int, args: argparse.Namespace) -> tuple[float, int]:
+def train_epoch(
+    stage: int,
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    bank: Bank,
+    labels: MapBank | None,
+    epoch: int,
+    args: argparse.Namespace,
+) -> tuple[float, int]:
     """One pass over the bank: (mean loss, number of images)."""
     world, total, steps = args.world, torch.zeros((), device=args.device), 0
     order, batch = epoch_order(len(bank), args.batch_size, args.seed, epoch, world)
     rectifying = stage == 2 and epoch > 1 and args.spr != [0, 0, 1]
     draw = generator("cpu", args.seed, "side", epoch)
-    for index, flip in progress(batches(order, batch, args.seed, epoch, world),
-                                f"stage {stage} epoch {epoch}", len(order) // batch):
+    for index, flip in progress(
+        batches(order, batch, args.seed, epoch, world),
+        f"stage {stage} epoch {epoch}",
+        len(order) // batch,
+    ):
         time = epoch - 1 + steps * batch / len(order)
         for group in optimiser.param_groups:
             group["lr"] = rate(stage, time, args) * group["scale"]
-        pair, has = read_pair(bank, index, flip)                         # [B, 6, S, S], [B]
+        pair, has = read_pair(bank, index, flip)  # [B, 6, S, S], [B]
         scales = [pair]
         if args.multi_scale == "on":
             share = SIDES[torch.randint(len(SIDES), (), generator=draw)]
@@ -486,8 +595,9 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
         with autocast(args.device, args.amp):
             out = net(*scales)
         if stage == 1:
-            loss = cue_loss(out, [guide(pair, has) for pair in scales], *curriculum(time, args),
-                            args.gamma)
+            loss = cue_loss(
+                out, [guide(pair, has) for pair in scales], *curriculum(time, args), args.gamma
+            )
         else:
             g = labels.read(index, flip)
             loss = detector_loss(out, (g > 0.5).float(), args.loss, args.aux)
@@ -501,7 +611,7 @@ def train_epoch(stage: int, net: nn.Module, optimiser: torch.optim.Optimizer, ba
         if args.dry_run and steps == 2:
             break
     if rectifying:
-        labels.share(order[:steps * batch], batch, world)
+        labels.share(order[: steps * batch], batch, world)
     return sum(world.gather(float(total) / steps)) / world.size, steps * batch
 
 
@@ -516,15 +626,16 @@ def read_pair(bank: Bank, index: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
 def guide(pair: Tensor, has: Tensor) -> Tensor:
     """What L_btm compares: the photo in ImageNet's units, and the modality, 0 where there is none.
     [B, 6, H, W] -> [B, 6, H, W]"""
-    photo = [(x - mean) / spread for x, mean, spread in zip(pair[:, :3].split(1, 1),
-                                                            *PIXELS["imagenet"])]
+    photo = [
+        (x - mean) / spread for x, mean, spread in zip(pair[:, :3].split(1, 1), *PIXELS["imagenet"])
+    ]
     return torch.cat([*photo, pair[:, 3:] * has.view(-1, 1, 1, 1)], 1)
 
 
 # ---- Pseudo labels -------------------------------------------------------------------------------
 def otsu(prob: Tensor) -> Tensor:
     """Otsu's threshold on a map in 8 bits: what lies above it. [B, 1, H, W] -> bool, the same"""
-    grey = (prob * 255).round().long()                                   # [B, 1, H, W]
+    grey = (prob * 255).round().long()  # [B, 1, H, W]
     hits = torch.zeros(len(prob), 256, device=prob.device)
     hits.scatter_add_(1, grey.flatten(1), torch.ones_like(prob).flatten(1))
     below, mass = hits.cumsum(1), (hits * torch.arange(256.0, device=prob.device)).cumsum(1)
@@ -566,21 +677,31 @@ def read_labels(names: list[str], args: argparse.Namespace, folder: Path) -> Map
         paths = [p if p.exists() else next(home.glob("**/*.png"), p) for p in paths]
     missing = [path for path in paths if not path.exists()]
     if missing:
-        where = f"--transfer {args.transfer} --out {args.base}" if args.transfer else \
-            f"--data {args.data} --out {args.out}"
-        raise UserError(f"{len(missing)} of {len(paths)} pseudo labels are missing ({missing[0]}); "
-                        f"make them: python unified_usod.py --stage 1 {where}, or name --labels")
+        where = (
+            f"--transfer {args.transfer} --out {args.base}"
+            if args.transfer
+            else f"--data {args.data} --out {args.out}"
+        )
+        raise UserError(
+            f"{len(missing)} of {len(paths)} pseudo labels are missing ({missing[0]}); "
+            f"make them: python unified_usod.py --stage 1 {where}, or name --labels"
+        )
     return MapBank(lambda i: load_mask(paths[i]), len(paths), args.size, args.device, folder)
 
 
-NEIGHBOURS = [(i * d, j * d) for d in (1, 2, 4, 8)  # 32 pairs (down, right)
-              for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
+NEIGHBOURS = [
+    (i * d, j * d)
+    for d in (1, 2, 4, 8)  # 32 pairs (down, right)
+    for i in (-1, 0, 1)
+    for j in (-1, 0, 1)
+    if i or j
+]
 
 
 def around(x: Tensor) -> list[Tensor]:
     """The neighbours of all pixels, borders repeated: [B, C, h, w] -> 32 views of that size."""
     (h, w), x = x.shape[2:], F.pad(x, (8,) * 4, mode="replicate")
-    return [x[..., 8 + i:8 + i + h, 8 + j:8 + j + w] for i, j in NEIGHBOURS]
+    return [x[..., 8 + i : 8 + i + h, 8 + j : 8 + j + w] for i, j in NEIGHBOURS]
 
 
 def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6) -> Tensor:
@@ -589,24 +710,25 @@ def pixel_refiner(image: Tensor, s: Tensor, iterations: int = 6) -> Tensor:
     image [B, 3, H, W], s [B, 1, H, W] in [0, 1] -> [B, 1, H, W]. Each iteration replaces a pixel by
     the weighted sum of its 32 neighbours; PAR's weights add up to 1.01, so that maps grow.
     """
-    near = around(image)                   # 32 small sums are faster than one over a stack of all
-    mean = sum(near) / 32                                                # [B, 3, H, W]
+    near = around(image)  # 32 small sums are faster than one over a stack of all
+    mean = sum(near) / 32  # [B, 3, H, W]
     spread = (sum((x - mean).square() for x in near) / 31).sqrt() + 1e-8
     colour = [((x - image) / spread / 0.3).square().mean(1) for x in near]
-    far = torch.tensor(NEIGHBOURS).float().norm(dim=1)                   # [32] on the CPU
+    far = torch.tensor(NEIGHBOURS).float().norm(dim=1)  # [32] on the CPU
     place = torch.softmax(-(far / (far.std() + 1e-8) / 0.3).square(), 0).tolist()
-    weights = torch.softmax(-torch.stack(colour, 1), 1).split(1, 1)      # 32 of [B, 1, H, W]
+    weights = torch.softmax(-torch.stack(colour, 1), 1).split(1, 1)  # 32 of [B, 1, H, W]
     weights = [weight + 0.01 * here for weight, here in zip(weights, place)]
     for _ in range(iterations):
-        s = sum(x * weight for x, weight in zip(around(s), weights))     # [B, 1, H, W]
+        s = sum(x * weight for x, weight in zip(around(s), weights))  # [B, 1, H, W]
     return s
 
 
-def rectify(image: Tensor, s: Tensor, g: Tensor, weights: list[float],
-            released: bool = False) -> Tensor:
+def rectify(
+    image: Tensor, s: Tensor, g: Tensor, weights: list[float], released: bool = False
+) -> Tensor:
     """SPR: G = l1 R_pri + l2 R_post + l3 G_pre, R_pri = PAR(image, s), R_post = s. [B, 1, H, W]"""
     prior = pixel_refiner(image, s)
-    prior = prior / (prior.amax((2, 3), keepdim=True) if released else 1.01 ** 6)  # D5
+    prior = prior / (prior.amax((2, 3), keepdim=True) if released else 1.01**6)  # D5
     g = weights[0] * prior + weights[1] * s + weights[2] * g
     return g / g.amax((2, 3), keepdim=True) if released else g
 
@@ -621,15 +743,17 @@ def forward(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
     return (out[0] if isinstance(out, list) else out).float()
 
 
-def evaluate(stage: int, net: nn.Module, args: argparse.Namespace,
-             suffix: str = "") -> harness.Results:
+def evaluate(
+    stage: int, net: nn.Module, args: argparse.Namespace, suffix: str = ""
+) -> harness.Results:
     """Scores of every --eval set: of the detector, or of stage 1's cue and pseudo label."""
     folder, logit = args.out / f"stage{stage}", partial(forward, net, args=args)
     if stage == 2:
         return harness.evaluate(logit, args, folder, suffix)
     once = argparse.Namespace(**{**vars(args), "crf": False})  # labels have been through the CRF
-    return harness.evaluate(logit, args, folder, f"-cue{suffix}") \
-        | harness.evaluate(partial(label_logit, net, args=args), once, folder, f"-label{suffix}")
+    return harness.evaluate(logit, args, folder, f"-cue{suffix}") | harness.evaluate(
+        partial(label_logit, net, args=args), once, folder, f"-label{suffix}"
+    )
 
 
 def open_base(args: argparse.Namespace) -> None:
@@ -638,8 +762,10 @@ def open_base(args: argparse.Namespace) -> None:
     paths = [args.base / f"stage{stage}" / "last.pt" for stage in (1, 2)]
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path} is missing, the network to transfer; train it: python "
-                            f"unified_usod.py --data {args.data} --out {args.base}")
+            raise UserError(
+                f"{path} is missing, the network to transfer; train it: python "
+                f"unified_usod.py --data {args.data} --out {args.base}"
+            )
     harness.restore(paths[0], METHOD, args, FIXED, FREE)
     harness.restore(paths[1], METHOD, args, ("width",), ())  # stage 1 has no use for it
     small = harness.is_shapes(args.data)
@@ -679,16 +805,37 @@ def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
 def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' state dict under our names, less what they built but never called: the gates'
     GroupNorms and the encoders' classifiers."""
-    names = {"decoder.": "", "ad2.": "se3.", "ad3.": "se4.", "ad4.": "se5.", "fusion.": "se0.",
-             "ad0.0": "conv", "ad0.1": "norm", ".se.conv": ".gate", "trans_rgb.": "laterals.0.",
-             "trans_t.": "laterals.1.", "refine.ca.fus.": "gate.mlp.", "refine.score": "heads.0",
-             "score_1": "heads.1", "score_2": "heads.2", "score_global": "heads.3",
-             "ca1.fus.": "gate_before.mlp.", "ca2.fus.": "gate_level.mlp.",
-             ".ca.fus.": ".gate.mlp.", ".fus.": ".fuse.", ".de_chan.": ".reduce.",
-             ".conv1.": ".before.", ".conv_curfeat.": ".level.", ".conv_globalinfo.": ".context.",
-             ".conv_out.": ".out."} | {f".b{i}.": f".pools.{i}." for i in range(4)}
-    names |= {f"gfb{level + 1}_{chain + 1}.": f"chains.{chain}.{level}."
-              for level in range(4) for chain in range(2)}
+    names = {
+        "decoder.": "",
+        "ad2.": "se3.",
+        "ad3.": "se4.",
+        "ad4.": "se5.",
+        "fusion.": "se0.",
+        "ad0.0": "conv",
+        "ad0.1": "norm",
+        ".se.conv": ".gate",
+        "trans_rgb.": "laterals.0.",
+        "trans_t.": "laterals.1.",
+        "refine.ca.fus.": "gate.mlp.",
+        "refine.score": "heads.0",
+        "score_1": "heads.1",
+        "score_2": "heads.2",
+        "score_global": "heads.3",
+        "ca1.fus.": "gate_before.mlp.",
+        "ca2.fus.": "gate_level.mlp.",
+        ".ca.fus.": ".gate.mlp.",
+        ".fus.": ".fuse.",
+        ".de_chan.": ".reduce.",
+        ".conv1.": ".before.",
+        ".conv_curfeat.": ".level.",
+        ".conv_globalinfo.": ".context.",
+        ".conv_out.": ".out.",
+    } | {f".b{i}.": f".pools.{i}." for i in range(4)}
+    names |= {
+        f"gfb{level + 1}_{chain + 1}.": f"chains.{chain}.{level}."
+        for level in range(4)
+        for chain in range(2)
+    }
     two, renamed = any(key.startswith("t_net.") for key in state), {}
     for key, value in state.items():
         if key.startswith(("encoder.fc.", "t_net.fc.")) or ".se.gn." in key:

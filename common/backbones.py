@@ -22,6 +22,7 @@ False is torch's usual behaviour (batch statistics in training mode, running ave
 Weights are downloaded once to torch's hub folder and checked against their published digest; any
 local file is accepted instead. Every key is accounted for: a missing or surplus one is an error.
 """
+
 import hashlib
 import urllib.error
 from pathlib import Path
@@ -32,19 +33,24 @@ from torch import nn
 
 from common.runtime import UserError, load_state, sha256, torch_load
 
-PIXELS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-          "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-          "f3net": ((124.55 / 255, 118.90 / 255, 102.94 / 255),
-                    (56.77 / 255, 55.97 / 255, 57.50 / 255)),
-          "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
+PIXELS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "f3net": ((124.55 / 255, 118.90 / 255, 102.94 / 255), (56.77 / 255, 55.97 / 255, 57.50 / 255)),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
 _TORCH = "https://download.pytorch.org/models/"
 WEIGHTS = {  # (backbone, name): (address, "md5:" or "sha256:" with the first digits)
-    ("resnet50", "moco800"):
-        (_MOCO + "moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar", "md5:a04e12f8"),
-    ("resnet50", "moco200"):
-        (_MOCO + "moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar", "md5:59fd9945"),
+    ("resnet50", "moco800"): (
+        _MOCO + "moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+        "md5:a04e12f8",
+    ),
+    ("resnet50", "moco200"): (
+        _MOCO + "moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar",
+        "md5:59fd9945",
+    ),
     ("resnet50", "imagenet"): (_TORCH + "resnet50-0676ba61.pth", "sha256:0676ba61"),
     ("resnet18", "imagenet"): (_TORCH + "resnet18-f37072fd.pth", "sha256:f37072fd"),
     ("vgg16", "imagenet"): (_TORCH + "vgg16-397923af.pth", "sha256:397923af"),
@@ -56,6 +62,7 @@ DEFAULT_WEIGHTS = {"resnet50": "moco800", "tiny": "shapes"}  # the others: image
 
 class Pyramid(nn.Module):
     """Base of the encoders: pixel normalisation and the BatchNorm policy."""
+
     channels: tuple[int, ...]
     stored_stats = False
 
@@ -100,6 +107,7 @@ class ResNet(Pyramid, torchvision.models.ResNet):
 
 class VGG16(Pyramid):
     """torchvision's VGG-16 features, tapped after each max-pooling, or before it."""
+
     channels = (64, 128, 256, 512, 512)
     before_pooling = False
 
@@ -119,6 +127,7 @@ class VGG16(Pyramid):
 
 class MobileNetV2(Pyramid):
     """torchvision's MobileNetV2, tapped before each growth of the stride and at the end."""
+
     channels = (16, 24, 32, 96, 1280)
 
     def __init__(self):
@@ -142,6 +151,7 @@ class Tiny(Pyramid):
     Borders are replicated: zeros tell the deep maps a pixel's place in the picture, and on small
     pictures an unsupervised stage 1 would rather learn places than objects.
     """
+
     channels = (32, 48, 96, 160, 256)
 
     def __init__(self):
@@ -151,8 +161,11 @@ class Tiny(Pyramid):
             strides = (2,) if width == 256 else (2, 1)
             level = []
             for stride in strides:
-                level += [nn.Conv2d(before, width, 3, stride, 1, bias=False,
-                                    padding_mode="replicate"), nn.BatchNorm2d(width), nn.ReLU()]
+                level += [
+                    nn.Conv2d(before, width, 3, stride, 1, bias=False, padding_mode="replicate"),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
                 before = width
             self.levels.append(nn.Sequential(*level))
 
@@ -174,9 +187,15 @@ BACKBONES = {
 }
 
 
-def backbone(name: str, weights: str | None = None, pixels: str = "imagenet",
-             stored_stats: bool = False, keep_fc: bool = False, borders: str = "zeros",
-             before_pooling: bool = False) -> Pyramid:
+def backbone(
+    name: str,
+    weights: str | None = None,
+    pixels: str = "imagenet",
+    stored_stats: bool = False,
+    keep_fc: bool = False,
+    borders: str = "zeros",
+    before_pooling: bool = False,
+) -> Pyramid:
     """Build an encoder and load its weights.
 
     name: a key of `BACKBONES`. weights: a name of the table above, a local file, "none" for a
@@ -215,8 +234,10 @@ def find_weights(name: str, weights: str) -> Path:
         if Path(weights).is_file():
             return Path(weights)
         known = [of for of_backbone, of in (*WEIGHTS, ("tiny", "shapes")) if of_backbone == name]
-        raise UserError(f"--backbone-weights {weights}: no such file, and {name} knows only "
-                        f"{', '.join(known + ['none'])}")
+        raise UserError(
+            f"--backbone-weights {weights}: no such file, and {name} knows only "
+            f"{', '.join(known + ['none'])}"
+        )
     url, digest = WEIGHTS[name, weights]
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.exists():
@@ -224,8 +245,10 @@ def find_weights(name: str, weights: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path))
         except (urllib.error.URLError, OSError) as error:
-            raise UserError(f"cannot download the weights of {name} ({error}); save {url} as "
-                            f"{path}, or give a local file with --backbone-weights") from None
+            raise UserError(
+                f"cannot download the weights of {name} ({error}); save {url} as "
+                f"{path}, or give a local file with --backbone-weights"
+            ) from None
     check_digest(path, digest)
     return path
 
@@ -241,8 +264,10 @@ def check_digest(path: Path, digest: str) -> None:
     full = sha256(path)
     first = full if kind == "sha256" else hashlib.md5(path.read_bytes()).hexdigest()
     if not first.startswith(expected) or record.exists() and record.read_text() != full:
-        raise UserError(f"{path} is damaged or is another file ({kind} {first[:8]}, expected "
-                        f"{expected}); delete it (and {record.name}) and fetch it again")
+        raise UserError(
+            f"{path} is damaged or is another file ({kind} {first[:8]}, expected "
+            f"{expected}); delete it (and {record.name}) and fetch it again"
+        )
     if not record.exists():
         record.write_text(full)
 

@@ -13,6 +13,7 @@ A bank that does not fit into half of the free memory becomes a memory-mapped fi
 interface. The order of samples and the flips depend on (seed, epoch) alone, not on the number of
 processes or workers, so a resumed run sees what an undisturbed one would have seen.
 """
+
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -38,8 +39,9 @@ def free_memory(device: torch.device) -> int:
         return 8 << 30
 
 
-def storage(shape: tuple[int, ...], device: torch.device, file: Path,
-            budget: int | None) -> torch.Tensor:
+def storage(
+    shape: tuple[int, ...], device: torch.device, file: Path, budget: int | None
+) -> torch.Tensor:
     """An uninitialised uint8 tensor on `device`, or on the disk if it is larger than `budget` bytes
     (default: half of the free memory)."""
     size = torch.Size(shape).numel()
@@ -63,22 +65,33 @@ class Bank:
 
     A sample without a part (photos in a joint set lack a modality) has zeros, and False in `has`.
     """
+
     CHANNELS = {"image": 3, "mask": 1, "modality": 3}
 
-    def __init__(self, dataset: Dataset, size: int, device: torch.device, folder: Path = Path("."),
-                 budget: int | None = None, parts: tuple[str, ...] = ("image",)):
+    def __init__(
+        self,
+        dataset: Dataset,
+        size: int,
+        device: torch.device,
+        folder: Path = Path("."),
+        budget: int | None = None,
+        parts: tuple[str, ...] = ("image",),
+    ):
         self.device, self.names, count = device, dataset.names, len(dataset)
         shapes = {part: (count, self.CHANNELS[part], size, size) for part in parts}
         budget = free_memory(device) // 2 if budget is None else budget
         if sum(map(math.prod, shapes.values())) > budget:
             budget = 0  # all parts go to the disk
-        self.pixels = {part: storage(shape, device, Path(folder, f"{part}.u8"), budget)
-                       for part, shape in shapes.items()}
+        self.pixels = {
+            part: storage(shape, device, Path(folder, f"{part}.u8"), budget)
+            for part, shape in shapes.items()
+        }
         self.has = {part: torch.ones(count, dtype=torch.bool) for part in parts}
 
         def load(i: int) -> list[torch.Tensor | None]:
             sample = dataset[i]
             return [resize(sample[part], size) for part in parts]
+
         samples = parallel_map(load, range(count))
         for i, sample in enumerate(progress(samples, f"decode {dataset.title}", count)):
             for part, pixels in zip(parts, sample):
@@ -88,8 +101,9 @@ class Bank:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None
-             ) -> torch.Tensor:
+    def read(
+        self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """index [B] (CPU), flip bool [B] -> float [B, C, size, size] in [0, 1] on the device."""
         flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
         pixels = self.pixels[part]
@@ -110,8 +124,15 @@ class MapBank:
     load: index -> uint8 [1, H, W] of any size.
     """
 
-    def __init__(self, load: Callable[[int], torch.Tensor], count: int, size: int,
-                 device: torch.device, folder: Path = Path("."), budget: int | None = None):
+    def __init__(
+        self,
+        load: Callable[[int], torch.Tensor],
+        count: int,
+        size: int,
+        device: torch.device,
+        folder: Path = Path("."),
+        budget: int | None = None,
+    ):
         self.device = device
         self.pixels = storage((count, 1, size, size), device, Path(folder, "maps.u8"), budget)
         maps = parallel_map(lambda i: resize(load(i), size), range(count))
@@ -133,13 +154,13 @@ class MapBank:
         """After an epoch over `order`: give every process the maps that the others wrote."""
         if world.size == 1:
             return
-        owner = torch.zeros(len(self.pixels), dtype=torch.long)   # rank 0 keeps untouched maps
+        owner = torch.zeros(len(self.pixels), dtype=torch.long)  # rank 0 keeps untouched maps
         owner[order] = torch.arange(len(order)) % batch // (batch // world.size)
-        for rows in torch.arange(len(owner)).split(1024):         # the bank may lie on the disk
-            part = self.pixels[rows[0]:rows[-1] + 1].to(self.device)
+        for rows in torch.arange(len(owner)).split(1024):  # the bank may lie on the disk
+            part = self.pixels[rows[0] : rows[-1] + 1].to(self.device)
             part[(owner[rows] != world.rank).to(self.device)] = 0
             dist.all_reduce(part)
-            self.pixels[rows[0]:rows[-1] + 1] = part.to(self.pixels.device)
+            self.pixels[rows[0] : rows[-1] + 1] = part.to(self.pixels.device)
 
 
 def resize(pixels: torch.Tensor | None, size: int) -> torch.Tensor | None:
@@ -148,8 +169,7 @@ def resize(pixels: torch.Tensor | None, size: int) -> torch.Tensor | None:
 
 
 def draw_crops(count: int, share: float, random: torch.Generator) -> torch.Tensor:
-    """Boxes (left, top, right, bottom) in [0, 1] that leave out up to `share` of each axis. [B, 4]
-    """
+    """Boxes [B, 4] (left, top, right, bottom) in [0, 1], without up to `share` of each axis."""
     cut = torch.rand(count, 2, generator=random) * share
     start = torch.rand(count, 2, generator=random) * cut
     return torch.cat([start, start + 1 - cut], 1)
@@ -160,32 +180,46 @@ def crop(x: torch.Tensor, box: torch.Tensor, side: int | None = None) -> torch.T
     h x w, or at side x side."""
     h, w = x.shape[2:]
     rows = torch.arange(len(box))[:, None]
-    rois = torch.cat([rows, box * torch.tensor([w, h, w, h])], 1)        # [B, 5]
-    return roi_align(x, rois.to(x.device, non_blocking=True), (side or h, side or w),
-                     sampling_ratio=1, aligned=True)
+    rois = torch.cat([rows, box * torch.tensor([w, h, w, h])], 1)  # [B, 5]
+    return roi_align(
+        x,
+        rois.to(x.device, non_blocking=True),
+        (side or h, side or w),
+        sampling_ratio=1,
+        aligned=True,
+    )
 
 
-def epoch_order(count: int, batch: int, seed: int, epoch: int,
-                world: World = World()) -> tuple[torch.Tensor, int]:
+def epoch_order(
+    count: int, batch: int, seed: int, epoch: int, world: World = World()
+) -> tuple[torch.Tensor, int]:
     """(samples of an epoch in order [steps * batch], batch). The last incomplete batch is dropped;
     a set smaller than a batch is one batch, as far as the processes can share it evenly."""
     batch = min(batch, count // world.size * world.size)
     if batch == 0:
         raise UserError(f"{count} image(s) cannot be shared by {world.size} processes")
     order = torch.randperm(count, generator=generator("cpu", seed, "order", epoch))
-    return order[:count // batch * batch], batch
+    return order[: count // batch * batch], batch
 
 
-def batches(order: torch.Tensor, batch: int, seed: int, epoch: int, world: World = World(),
-            flips: str = "anew") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    order: torch.Tensor,
+    batch: int,
+    seed: int,
+    epoch: int,
+    world: World = World(),
+    flips: str = "anew",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (index [b], flip [b]) for every step; `batch` is global, b = batch / world.size.
 
     flips: "anew" draws a sample's flip in every epoch, "once" keeps the first one for all epochs.
     """
     # one number per sample, also for those that this epoch dropped: fewer than a batch
-    draw = torch.rand(len(order) + batch,
-                      generator=generator("cpu", seed, "flip", 0 if flips == "once" else epoch))
+    draw = torch.rand(
+        len(order) + batch,
+        generator=generator("cpu", seed, "flip", 0 if flips == "once" else epoch),
+    )
     share = batch // world.size
     for whole in order.split(batch):
-        index = whole[world.rank * share:][:share]
+        index = whole[world.rank * share :][:share]
         yield index, draw[index] < 0.5

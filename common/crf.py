@@ -38,6 +38,7 @@ The mean error against the exact sums in float64 is 0.0005 to 0.0008 on photos, 
 pydensecrf or less, in less time on one core (tests/benchmarks/bench_crf.py measures both).
 Time and memory grow with height * width / sxy² per pixel: scale sxy with the photo (`photo_sxy`).
 """
+
 import argparse
 import functools
 import math
@@ -55,9 +56,9 @@ from common.datasets import load_grey, load_image
 from common.metrics import find_images, to_uint8
 from common.runtime import UserError, cli, pick_device, progress, save_png
 
-FAINT = 0.045   # functions of the place weaker than this share of the strongest are left out
-REACH = 3.35    # grid colours farther apart than so many standard deviations exchange nothing
-STRETCH = 1.3   # grid colours lie closer together along grey by this factor, see `colour_grid`
+FAINT = 0.045  # functions of the place weaker than this share of the strongest are left out
+REACH = 3.35  # grid colours farther apart than so many standard deviations exchange nothing
+STRETCH = 1.3  # grid colours lie closer together along grey by this factor, see `colour_grid`
 
 
 def spacing(srgb: float) -> float:
@@ -113,8 +114,9 @@ def csr(ends: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -
     """Sparse matrix stored row by row: row i has the entries from ends[i] to ends[i + 1]."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(ends.int(), columns.int(), values, shape,
-                                       check_invariants=False)
+        return torch.sparse_csr_tensor(
+            ends.int(), columns.int(), values, shape, check_invariants=False
+        )
 
 
 def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,17 +149,17 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     # Number all colours of the grid, with a margin for neighbours; a table keeps those in use.
     side = int(255 * STRETCH / (unit * srgb)) + 2 + 2 * radius
     axis = torch.tensor([side * side, side, 1], dtype=torch.int32, device=device)
-    first = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1) * side ** 3
+    first = torch.arange(batch, dtype=torch.int32, device=device).view(-1, 1, 1) * side**3
     corner = ((low.int() + radius) * axis).sum(-1, dtype=torch.int32) + first  # [B, H, W]
     walk = axis.take(channel).cumsum(-1, dtype=torch.int32)  # [B, H, W, 3]
     vertex = corner[..., None] + F.pad(walk, (1, 0))  # [B, H, W, 4]
-    table = torch.full((batch * side ** 3,), -1, dtype=torch.int32, device=device)
+    table = torch.full((batch * side**3,), -1, dtype=torch.int32, device=device)
     table[vertex.view(-1)] = 0
     used = (table == 0).nonzero()[:, 0]  # [V]
     table[used] = torch.arange(len(used), dtype=torch.int32, device=device)
     offset = torch.cartesian_prod(*[torch.arange(-radius, radius + 1)] * 3)
     distance = (offset.float() @ narrow.inverse() * offset).sum(1)
-    near = distance < REACH ** 2
+    near = distance < REACH**2
     # The root makes up for the smaller volume of the narrower Gaussian. A's division would cancel
     # it, but `mean_field` relies on row sums of at least 1.
     value = torch.exp(-0.5 * distance[near]) * (wanted.det() / narrow.det()).sqrt()  # [O]
@@ -165,8 +167,12 @@ def colour_grid(image: Tensor, srgb: float) -> tuple[Tensor, Tensor, Tensor]:
     neighbour = table.take(used[:, None] + steps)  # [V, O]
     there = neighbour >= 0
     entry = there.view(-1).nonzero()[:, 0]
-    exchange = csr(F.pad(there.sum(1).cumsum(0), (1, 0)), neighbour.view(-1).index_select(0, entry),
-                   value.to(device).index_select(0, entry % len(value)), (len(used), len(used)))
+    exchange = csr(
+        F.pad(there.sum(1).cumsum(0), (1, 0)),
+        neighbour.view(-1).index_select(0, entry),
+        value.to(device).index_select(0, entry % len(value)),
+        (len(used), len(used)),
+    )
     return table.index_select(0, vertex.view(-1)).view_as(vertex), share, exchange
 
 
@@ -178,8 +184,16 @@ class Pixels:
     made anew at each use, as they would not fit into memory together.
     """
 
-    def __init__(self, vertex: Tensor, share: Tensor, colours: int, fy: Tensor, fx: Tensor,
-                 stride: int, columns: int):
+    def __init__(
+        self,
+        vertex: Tensor,
+        share: Tensor,
+        colours: int,
+        fy: Tensor,
+        fx: Tensor,
+        stride: int,
+        columns: int,
+    ):
         every = slice(stride // 2, None, stride)
         vertex, share = vertex[:, every, every], share[:, every, every]  # [B, h, w, 4]
         self.colours, self.shape = colours, (len(vertex), 1, *vertex.shape[1:3])
@@ -205,7 +219,7 @@ class Pixels:
 
     def work_like(self, phi: Tensor) -> Tensor:
         """The work memory as a matrix [n, r]; its content is free to be overwritten."""
-        return self.work[:phi.numel()].view_as(phi)
+        return self.work[: phi.numel()].view_as(phi)
 
     @functools.cached_property
     def read(self) -> Tensor:
@@ -218,8 +232,12 @@ class Pixels:
         """W^T, sparse [V, n]."""
         vertex, entry = self.vertex.view(-1).sort(stable=True)
         numbers = torch.arange(self.colours + 1, dtype=torch.int32, device=vertex.device)
-        return csr(torch.searchsorted(vertex, numbers), entry // 4,
-                   self.share.view(-1).index_select(0, entry), (self.colours, len(self.order)))
+        return csr(
+            torch.searchsorted(vertex, numbers),
+            entry // 4,
+            self.share.view(-1).index_select(0, entry),
+            (self.colours, len(self.order)),
+        )
 
     def to_list(self, q: Tensor) -> Tensor:
         """Map [B, 1, h, w] -> values [n]."""
@@ -252,13 +270,24 @@ def smoothness(source: Tensor, target: Tensor, sigma: float) -> Tensor:
     kernel, source_sum = gaussian(target, source, sigma), gaussian(source, source, sigma).sum(1)
     kernel = kernel * kernel.sum(1, keepdim=True).rsqrt() * source_sum.rsqrt()
     there = kernel > 1e-6
-    return csr(F.pad(there.sum(1).cumsum(0), (1, 0)), there.nonzero()[:, 1], kernel[there],
-               kernel.shape)
+    return csr(
+        F.pad(there.sum(1).cumsum(0), (1, 0)), there.nonzero()[:, 1], kernel[there], kernel.shape
+    )
 
 
 # ---- Mean field ------------------------------------------------------------------------------
-def mean_field(image: Tensor, u: Tensor, sxy: float, srgb: float, compat: float, sxy_gauss: float,
-               compat_gauss: float, iterations: int, stride: int, columns: int) -> Tensor:
+def mean_field(
+    image: Tensor,
+    u: Tensor,
+    sxy: float,
+    srgb: float,
+    compat: float,
+    sxy_gauss: float,
+    compat_gauss: float,
+    iterations: int,
+    stride: int,
+    columns: int,
+) -> Tensor:
     """The iterations for images [B, 3, H, W] and logits u [B, 1, H, W] that fit into memory."""
     fy, fx = (f.to(image.device) for f in space_functions(*image.shape[2:], sxy))
     vertex, share, exchange = colour_grid(image, srgb)
@@ -286,6 +315,7 @@ def mean_field(image: Tensor, u: Tensor, sxy: float, srgb: float, compat: float,
             for along in (along_y, along_x):  # -> [w, h', B] -> [h', w', B]
                 near = (along @ near.flatten(1)).unflatten(1, near.shape[1:]).transpose(0, 1)
             return compat * target.to_map(alike) + compat_gauss * near.movedim(2, 0)[:, None]
+
         return hear
 
     hear_few = opinions(few)
@@ -299,22 +329,33 @@ def mean_field(image: Tensor, u: Tensor, sxy: float, srgb: float, compat: float,
 
 def check(image: Tensor, prob: Tensor, **settings: float) -> None:
     """Raise ValueError, or UserError for a device without sparse products."""
-    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape \
-            or prob.shape != (len(image), 1, *image.shape[2:]):
-        raise ValueError("dense_crf needs image [B, 3, H, W] and prob [B, 1, H, W] of one size, "
-                         f"not {list(image.shape)} and {list(prob.shape)}")
+    if (
+        image.ndim != 4
+        or image.shape[1] != 3
+        or 0 in image.shape
+        or prob.shape != (len(image), 1, *image.shape[2:])
+    ):
+        raise ValueError(
+            "dense_crf needs image [B, 3, H, W] and prob [B, 1, H, W] of one size, "
+            f"not {list(image.shape)} and {list(prob.shape)}"
+        )
     if image.device != prob.device:
         raise ValueError(f"dense_crf got image on {image.device} but prob on {prob.device}")
     if image.device.type not in ("cpu", "cuda"):
-        raise UserError("the dense CRF needs sparse matrix products, which PyTorch lacks on "
-                        f"{image.device.type}: move image and prob to the CPU")
+        raise UserError(
+            "the dense CRF needs sparse matrix products, which PyTorch lacks on "
+            f"{image.device.type}: move image and prob to the CPU"
+        )
     if image.dtype != torch.uint8:
         low, high = (value.item() for value in image.aminmax())
         if not (low >= 0 and high <= 255):  # nan is neither
             raise ValueError("dense_crf needs an image with values from 0 to 255")
         if image.is_floating_point() and 0 < high <= 1:
-            warnings.warn("dense_crf takes grey levels from 0 to 255, and here none is above 1: "
-                          "if the image is in [0, 1], multiply it by 255", stacklevel=3)
+            warnings.warn(
+                "dense_crf takes grey levels from 0 to 255, and here none is above 1: "
+                "if the image is in [0, 1], multiply it by 255",
+                stacklevel=3,
+            )
     if not ((prob > -1e-4) & (prob < 1.0001)).all():  # resizing may overshoot by a rounding error
         raise ValueError("dense_crf needs a prob with values from 0 to 1")
     for name, value in settings.items():
@@ -330,13 +371,22 @@ def plan(height: int, width: int, functions: int, srgb: float, max_bytes: float)
     columns = min(max(columns, 8), functions)
     cells = (400 / srgb + 12) ** 3  # of the table of grid colours, counted in int32
     image_bytes = pixels * (400 + 12 * columns) + 4 * cells
-    return max(1, int(min(max_bytes / image_bytes, 2 ** 31 / cells))), columns
+    return max(1, int(min(max_bytes / image_bytes, 2**31 / cells))), columns
 
 
 @torch.no_grad()
-def dense_crf(image: Tensor, prob: Tensor, sxy: float = 80.0, srgb: float = 13.0,
-              compat: float = 10.0, sxy_gauss: float = 3.0, compat_gauss: float = 3.0,
-              iterations: int = 10, stride: int = 1, max_bytes: float = 4e9) -> Tensor:
+def dense_crf(
+    image: Tensor,
+    prob: Tensor,
+    sxy: float = 80.0,
+    srgb: float = 13.0,
+    compat: float = 10.0,
+    sxy_gauss: float = 3.0,
+    compat_gauss: float = 3.0,
+    iterations: int = 10,
+    stride: int = 1,
+    max_bytes: float = 4e9,
+) -> Tensor:
     """Refine a batch of probability maps, as the top of this file says.
 
     image: [B, 3, H, W], 0 to 255, uint8 or float. prob: [B, 1, H, W], 0 to 1, on the same device;
@@ -351,8 +401,9 @@ def dense_crf(image: Tensor, prob: Tensor, sxy: float = 80.0, srgb: float = 13.0
     A float image without a value above 1, unless it is black, is refined with a warning.
     Raises ValueError for a wrong shape or range, UserError on a device without sparse products.
     """
-    check(image, prob, sxy=sxy, srgb=srgb, sxy_gauss=sxy_gauss, iterations=iterations,
-          stride=stride)
+    check(
+        image, prob, sxy=sxy, srgb=srgb, sxy_gauss=sxy_gauss, iterations=iterations, stride=stride
+    )
     height, width = image.shape[2:]
     functions = space_functions(height, width, sxy)[0].shape[1]
     group, columns = plan(height, width, functions, srgb, max_bytes)
@@ -360,9 +411,23 @@ def dense_crf(image: Tensor, prob: Tensor, sxy: float = 80.0, srgb: float = 13.0
     stride = min(stride, height, width)
     u = torch.logit(prob.float().clamp(1e-5, 1 - 1e-5))
     with torch.autocast(image.device.type, enabled=False):
-        return torch.cat([mean_field(image_group, u_group, sxy, srgb, compat, sxy_gauss,
-                                     compat_gauss, iterations, stride, columns)
-                          for image_group, u_group in zip(image.split(group), u.split(group))])
+        return torch.cat(
+            [
+                mean_field(
+                    image_group,
+                    u_group,
+                    sxy,
+                    srgb,
+                    compat,
+                    sxy_gauss,
+                    compat_gauss,
+                    iterations,
+                    stride,
+                    columns,
+                )
+                for image_group, u_group in zip(image.split(group), u.split(group))
+            ]
+        )
 
 
 def hard_unary(mask: Tensor, gt_prob: float = 0.7) -> Tensor:
@@ -389,10 +454,13 @@ def median_filter(x: Tensor, size: int = 7) -> Tensor:
     of OpenCV's medianBlur. Raises ValueError for an even size or another shape.
     """
     if x.ndim != 4 or x.shape[1] != 1 or x.numel() == 0 or size < 1 or size % 2 == 0:
-        raise ValueError("median_filter needs x [B, 1, H, W] and an odd size, "
-                         f"not {list(x.shape)} and {size}")
-    rows, columns = (torch.arange(-(size // 2), n + size // 2, device=x.device).clamp(0, n - 1)
-                     for n in x.shape[2:])
+        raise ValueError(
+            f"median_filter needs x [B, 1, H, W] and an odd size, not {list(x.shape)} and {size}"
+        )
+    rows, columns = (
+        torch.arange(-(size // 2), n + size // 2, device=x.device).clamp(0, n - 1)
+        for n in x.shape[2:]
+    )
     padded = x[:, :, rows][..., columns]  # [B, 1, H + size - 1, W + size - 1]
     low, high = x.min(), x.max()
     if ((x == low) | (x == high)).all():  # two values: the one that more than half the window has
@@ -413,9 +481,15 @@ def refine_file(photo: Path, mask: Path, out: Path, args: argparse.Namespace) ->
     prob = torch.from_numpy(np.array(grey, np.float32) / 255)[None, None]
     prob = hard_unary(prob > 0.5) if args.hard else prob
     sxy = args.sxy or photo_sxy(height, width, 50 if args.hard else 80)
-    prob = dense_crf(image.to(args.device), prob.to(args.device), sxy,
-                     args.srgb or (5 if args.hard else 13), args.compat,
-                     iterations=args.iterations, stride=args.stride)
+    prob = dense_crf(
+        image.to(args.device),
+        prob.to(args.device),
+        sxy,
+        args.srgb or (5 if args.hard else 13),
+        args.compat,
+        iterations=args.iterations,
+        stride=args.stride,
+    )
     pixels = to_uint8((prob > 0.5).float() if args.hard else prob)
     save_png(out, median_filter(pixels, args.median)[0, 0].cpu())
 
@@ -435,15 +509,18 @@ def pairs(photo: Path, mask: Path, out: Path) -> list[tuple[Path, Path, Path]]:
     photos, masks = find_images(photo), find_images(mask)
     lost = [stem for stem in masks if stem not in photos]
     if lost:
-        raise UserError(f"{masks[lost[0]]} ({len(lost)} such) has no photo of its stem in {photo}; "
-                        "add the photo or remove the map")
+        raise UserError(
+            f"{masks[lost[0]]} ({len(lost)} such) has no photo of its stem in {photo}; "
+            "add the photo or remove the map"
+        )
     return [(photos[stem], masks[stem], out / f"{stem}.png") for stem in masks]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Refine one map or a folder of maps."""
-    parser = argparse.ArgumentParser(prog="python -m common.crf",
-                                     description="Refine saliency maps with a dense CRF.")
+    parser = argparse.ArgumentParser(
+        prog="python -m common.crf", description="Refine saliency maps with a dense CRF."
+    )
     add = parser.add_argument
     add("image", type=Path, help="photo, or folder of photos")
     add("mask", type=Path, help="grey map, or folder of maps, paired with the photos by stem")

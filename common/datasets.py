@@ -1,10 +1,10 @@
 """Data sets: registered public sets, any folder, joint sets, lists of stems, and the checker.
 
-    open_set("ECSSD")                          a registered set (common/registry.py), below data/
+    open_set("ECSSD")                          a registered set (data/registry.py), below data/
     open_set("photos/holiday", masks=False)    any folder of pictures
     open_set("NJUD+VT821")                     a joint set; its names are "NJUD/…" and "VT821/…"
     open_set("ECSSD@mine.txt")                 only the stems in a text file, one per line
-    open_set("shapes")                         the built-in synthetic set (common/shapes.py)
+    open_set("shapes")                         the built-in synthetic set (data/shapes.py)
     python -m common.datasets [--data-root DIR] [--deep] [SET ...]    what is there, is it whole?
 
 Every set is a `torch.utils.data.Dataset` with `names` and `title`; a sample is a plain dict:
@@ -19,6 +19,7 @@ without the suffix; files of one name belong together, in whatever order they li
 and stem.png lie side by side and there are no other masks (MSRA-B), the png is the mask. So the
 original archives, their common re-packs and your own folders open by the same rules.
 """
+
 import argparse
 import csv
 import difflib
@@ -36,17 +37,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from common.registry import REGISTRY, SHAPES, SOURCES, TERMS, read_split, wrong_count
 from common.runtime import UserError, cli, parallel_map, progress
+from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, read_split, wrong_count
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 MODALITIES = ("depth", "thermal", "flow")
-ROLES = {word: role for role, words in {  # spelt as plain() spells
-    "image": "image images img imgs rgb jpegimages",
-    "mask": "mask masks gt gts label labels groundtruth groundtruthmask segmentation segmentations "
-            "annotation annotations pixelwisegtnewpng gtobjectlevel",
-    "depth": "depth depths", "thermal": "t thermal", "flow": "flow optical opticalflow",
-}.items() for word in words.split()}
+ROLES = {
+    word: role
+    for role, words in {  # spelt as plain() spells
+        "image": "image images img imgs rgb jpegimages",
+        "mask": "mask masks gt gts label labels groundtruth groundtruthmask segmentation "
+        "segmentations "
+        "annotation annotations pixelwisegtnewpng gtobjectlevel",
+        "depth": "depth depths",
+        "thermal": "t thermal",
+        "flow": "flow optical opticalflow",
+    }.items()
+    for word in words.split()
+}
 
 
 # ---- Reading one file ------------------------------------------------------------------------
@@ -122,10 +130,19 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
                     photo = Path(name)
                     for key in {photo.stem, photo.with_suffix("").as_posix()}:
                         captions[key].append(caption.strip())
-            except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError,
-                    csv.Error) as error:
-                raise UserError(f"{path} does not hold captions in a known form ({error!r}); "
-                                "fetch it again or rename it") from None
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                OSError,
+                RecursionError,
+                csv.Error,
+            ) as error:
+                raise UserError(
+                    f"{path} does not hold captions in a known form ({error!r}); "
+                    "fetch it again or rename it"
+                ) from None
     return captions
 
 
@@ -148,8 +165,7 @@ def pictures(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """(folder, names of its pictures), for `folder` and all below it that are not hidden."""
     for base, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
-        yield Path(base), sorted(f for f in files
-                                 if f[0] != "." and f.lower().endswith(SUFFIXES))
+        yield Path(base), sorted(f for f in files if f[0] != "." and f.lower().endswith(SUFFIXES))
 
 
 def scan(folder: Path, part: str = "") -> dict[str, list[Row]]:
@@ -168,13 +184,17 @@ def scan(folder: Path, part: str = "") -> dict[str, list[Row]]:
         rest = [i for i in range(len(steps)) if not roles[i] and not chosen[i]]
         above, below = [steps[i] for i in rest if i < first], [steps[i] for i in rest if i > first]
         found[next(filter(None, reversed(roles)), "other")] += [
-            (above, below, base / f) for f in files]
+            (above, below, base / f) for f in files
+        ]
     photos = found["image"] = found["image"] or found["other"]
     if not found["mask"]:  # stem.jpg and stem.png side by side: the png is the mask
         stems = {file.with_suffix("") for *_, file in photos if file.suffix.lower() != ".png"}
         for role, is_mask in (("image", False), ("mask", True)):
-            found[role] = [row for row in photos if is_mask == (
-                row[2].suffix.lower() == ".png" and row[2].with_suffix("") in stems)]
+            found[role] = [
+                row
+                for row in photos
+                if is_mask == (row[2].suffix.lower() == ".png" and row[2].with_suffix("") in stems)
+            ]
     return found
 
 
@@ -207,8 +227,14 @@ class Folder(Dataset):
     when a sample is read: an unreadable file, a mask that does not fit its photo.
     """
 
-    def __init__(self, folder: Path, title: str, needs: Sequence[str] = ("mask",), part: str = "",
-                 sparse: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        title: str,
+        needs: Sequence[str] = ("mask",),
+        part: str = "",
+        sparse: bool = False,
+    ):
         rows = scan(folder, part)
         kinds = [kind for kind in MODALITIES if rows[kind]]
         if len(kinds) > 1:
@@ -216,21 +242,27 @@ class Folder(Dataset):
         needs = dict.fromkeys((*needs, *kinds))  # a folder of depth maps must be whole, too
         files = {role: by_name(rows[role]) for role in ("image", *needs)}
         captions = read_captions(folder)
-        files["caption"] = {name: captions.get(name) or captions[file.stem]
-                            for name, file in files["image"].items()
-                            if name in captions or file.stem in captions}
+        files["caption"] = {
+            name: captions.get(name) or captions[file.stem]
+            for name, file in files["image"].items()
+            if name in captions or file.stem in captions
+        }
         names = files["image"].keys()
         if sparse:
             names = names & files.get("mask", names)
         if not names:
-            raise UserError(f"no jpg, jpeg, png or bmp files{' with masks' * sparse} in {folder}"
-                            + "; data/README.md says where masks come from" * sparse)
+            raise UserError(
+                f"no jpg, jpeg, png or bmp files{' with masks' * sparse} in {folder}"
+                + "; data/README.md says where masks come from" * sparse
+            )
         self.names, self.files = sorted(names), files
         self.title, self.modality = title, kinds[0] if kinds else None
         for need in needs:
             if lost := [name for name in self.names if name not in files[need]]:
-                raise UserError(f"{len(lost)} of {len(names)} pictures in {folder} have no {need}: "
-                                f"{some(lost)}; add what is missing, as data/README.md shows")
+                raise UserError(
+                    f"{len(lost)} of {len(names)} pictures in {folder} have no {need}: "
+                    f"{some(lost)}; add what is missing, as data/README.md shows"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -243,12 +275,20 @@ class Folder(Dataset):
         if path.get("mask"):
             mask = load_mask(path["mask"])
             if mask.shape[1:] != size:
-                raise UserError(f"{path['mask']} is {mask.shape[2]} x {mask.shape[1]} pixels, but "
-                                f"{path['image']} is {width} x {height}; a mask must fit its photo")
+                raise UserError(
+                    f"{path['mask']} is {mask.shape[2]} x {mask.shape[1]} pixels, but "
+                    f"{path['image']} is {width} x {height}; a mask must fit its photo"
+                )
         if self.modality:  # sensors and flow networks often have another resolution
             modality = TF.resize(load_image(path[self.modality]), list(size), antialias=True)
-        return {"image": image, "mask": mask, "modality": modality, "caption": path["caption"],
-                "name": name, "size": size}
+        return {
+            "image": image,
+            "mask": mask,
+            "modality": modality,
+            "caption": path["caption"],
+            "name": name,
+            "size": size,
+        }
 
 
 class View(Dataset):
@@ -274,8 +314,10 @@ class View(Dataset):
 
 def join(parts: Sequence[Dataset], title: str) -> View:
     """One set after the other; the names become '<set>/<name>'."""
-    return View([(part, i, f"{part.title}/{name}") for part in parts
-                 for i, name in enumerate(part.names)], title)
+    return View(
+        [(part, i, f"{part.title}/{name}") for part in parts for i, name in enumerate(part.names)],
+        title,
+    )
 
 
 def restrict(dataset: Dataset, wanted: Iterable[str], source: str | Path, title: str) -> View:
@@ -286,8 +328,10 @@ def restrict(dataset: Dataset, wanted: Iterable[str], source: str | Path, title:
     wanted = set(wanted)
     hits = [wanted & {name, name.rpartition("/")[0]} for name in dataset.names]
     if lost := sorted(wanted.difference(*hits)):
-        raise UserError(f"{len(lost)} of the {len(wanted)} stems in {source} are not in "
-                        f"{dataset.title}: {some(lost)}")
+        raise UserError(
+            f"{len(lost)} of the {len(wanted)} stems in {source} are not in "
+            f"{dataset.title}: {some(lost)}"
+        )
     if not wanted:
         raise UserError(f"the list of stems {source} is empty")
     return View([(dataset, i, dataset.names[i]) for i, hit in enumerate(hits) if hit], title)
@@ -298,8 +342,14 @@ def thin(dataset: Dataset, step: int) -> View:
     clips = defaultdict(list)
     for index, name in enumerate(dataset.names):
         clips[name.rpartition("/")[0]].append((dataset, index, name))
-    return View([pick for clip, picks in clips.items()
-                 for pick in picks[::step if "select" in clip else 1]], dataset.title)
+    return View(
+        [
+            pick
+            for clip, picks in clips.items()
+            for pick in picks[:: step if "select" in clip else 1]
+        ],
+        dataset.title,
+    )
 
 
 # ---- Opening by name -------------------------------------------------------------------------
@@ -338,7 +388,8 @@ def open_part(text: str, root: Path, masks: bool) -> Dataset:
             print(f"warning: {text}: {miscount}; scores will not be comparable", file=sys.stderr)
         return dataset
     if text in SHAPES:
-        from common.shapes import Shapes  # only who asks for shapes pays for drawing them
+        from data.shapes import Shapes  # only who asks for shapes pays for drawing them
+
         return Shapes(**SHAPES[text])
     if folder := find_folder(text, root):
         return Folder(folder, folder.resolve().name, ("mask",) if masks else ())
@@ -349,8 +400,10 @@ def open_part(text: str, root: Path, masks: bool) -> Dataset:
     names = {plain(name): name for name in (*REGISTRY, *SHAPES)}
     near = difflib.get_close_matches(plain(text), names, n=1)
     guess = f"did you mean {names[near[0]]}? " if near else ""
-    raise MissingSet(f"{text!r} is neither a folder nor a known data set; {guess}"
-                     "`python -m common.datasets` lists the names")
+    raise MissingSet(
+        f"{text!r} is neither a folder nor a known data set; {guess}"
+        "`python -m common.datasets` lists the names"
+    )
 
 
 def read_list(path: str | Path) -> list[str]:
@@ -360,7 +413,7 @@ def read_list(path: str | Path) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot read the list of stems {path} ({error.strerror})") from None
     stems = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [s[:s.rindex(".")] if s.lower().endswith(SUFFIXES) else s for s in stems]
+    return [s[: s.rindex(".")] if s.lower().endswith(SUFFIXES) else s for s in stems]
 
 
 def open_registered(name: str, root: Path, masks: bool = True) -> Dataset:
@@ -372,8 +425,10 @@ def open_registered(name: str, root: Path, masks: bool = True) -> Dataset:
         if dataset is not None:
             return dataset if entry.step == 1 else thin(dataset, entry.step)
     looked = ", ".join(str(root / place.split("@")[0]) for place in places)
-    raise MissingSet(f"{name} is missing (looked for {looked}); get it from {SOURCES[entry.origin]}"
-                     f", unpack it into {root / entry.origin}, and see data/README.md")
+    raise MissingSet(
+        f"{name} is missing (looked for {looked}); get it from {SOURCES[entry.origin]}"
+        f", unpack it into {root / entry.origin}, and see data/README.md"
+    )
 
 
 def open_place(place: str, name: str, root: Path, masks: bool) -> Dataset | None:

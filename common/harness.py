@@ -3,6 +3,7 @@
 The flags are spelt once here, so that they mean the same in every script. Nothing here knows a
 method: a network is a function from images [B, 3, S, S] in [0, 1] to saliency logits [B, 1, S, S].
 """
+
 import argparse
 import hashlib
 import os
@@ -23,8 +24,8 @@ from common.crf import dense_crf, photo_sxy
 from common.curves import write_curves
 from common.datasets import MissingSet, load_image, open_set
 from common.metrics import Metrics, table, to_uint8
-from common.registry import SHAPES
 from common.runtime import UserError, progress, save_json, save_png, save_text
+from data.registry import SHAPES
 
 
 # ---- Flags -----------------------------------------------------------------------------------
@@ -44,7 +45,7 @@ def rate(text: str) -> float:
 
 def seed(text: str) -> int:
     """An argparse type: a seed of torch's generators."""
-    if not text.isdigit() or int(text) >= 2 ** 63:
+    if not text.isdigit() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
@@ -52,21 +53,35 @@ def seed(text: str) -> int:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that all scripts share; a default of None stands for the method's own."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="shapes", metavar="SET",
-                      help="a registered set (python -m common.datasets lists them), a folder of "
-                      "photos, sets joined with +, each restricted by SET@stems.txt [shapes]")
-    data.add_argument("--data-root", default="data", metavar="DIR",
-                      help="where registered sets lie [data]")
+    data.add_argument(
+        "--data",
+        default="shapes",
+        metavar="SET",
+        help="a registered set (python -m common.datasets lists them), a folder of "
+        "photos, sets joined with +, each restricted by SET@stems.txt [shapes]",
+    )
+    data.add_argument(
+        "--data-root", default="data", metavar="DIR", help="where registered sets lie [data]"
+    )
     data.add_argument("--eval", nargs="+", metavar="SET", help="evaluation sets, spelt like --data")
     data.add_argument("--size", type=positive, help="the network sees size x size pixels")
     net = parser.add_argument_group("backbone")
     net.add_argument("--backbone", choices=BACKBONES)
-    net.add_argument("--backbone-weights", metavar="W",
-                     help="moco800, moco200, imagenet, none, or a file")
-    net.add_argument("--pixels", choices=PIXELS, default="imagenet",
-                     help="how the backbone's weights want their pixels [imagenet]")
-    net.add_argument("--borders", choices=("zeros", "replicate"), default="zeros",
-                     help="what the backbone's convolutions see beyond the border [zeros]")
+    net.add_argument(
+        "--backbone-weights", metavar="W", help="moco800, moco200, imagenet, none, or a file"
+    )
+    net.add_argument(
+        "--pixels",
+        choices=PIXELS,
+        default="imagenet",
+        help="how the backbone's weights want their pixels [imagenet]",
+    )
+    net.add_argument(
+        "--borders",
+        choices=("zeros", "replicate"),
+        default="zeros",
+        help="what the backbone's convolutions see beyond the border [zeros]",
+    )
     train = parser.add_argument_group("optimisation")
     train.add_argument("--epochs", type=positive, help="total number of epochs, of each stage")
     train.add_argument("--batch-size", type=positive, help="over all processes")
@@ -74,23 +89,38 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--seed", type=seed, default=0)
     run = parser.add_argument_group("runtime")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    run.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto",
-                     help="bf16 autocast; auto: on CUDA only. Losses are always fp32 [auto]")
+    run.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "off"),
+        default="auto",
+        help="bf16 autocast; auto: on CUDA only. Losses are always fp32 [auto]",
+    )
     run.add_argument("--compile", action="store_true", help="torch.compile the network")
-    run.add_argument("--dry-run", action="store_true",
-                     help="two steps of every epoch, two batches of everything else")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="two steps of every epoch, two batches of everything else",
+    )
     out = parser.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="run folder [runs/<script>-<data>]")
-    out.add_argument("--resume", action="store_true",
-                     help="continue from the run folder's last.pt; with --stage 2 without making "
-                     "the labels of stage 1 again")
+    out.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the run folder's last.pt; with --stage 2 without making "
+        "the labels of stage 1 again",
+    )
     out.add_argument("--weights", type=Path, metavar="FILE", help="for --eval and --predict")
     out.add_argument("--predict", type=Path, metavar="PATH", help="map a photo or a folder of them")
     out.add_argument("--cutout", action="store_true", help="--predict also writes RGBA cut-outs")
     out.add_argument("--crf", action="store_true", help="refine predicted maps with the dense CRF")
-    out.add_argument("--watch", type=int, default=0, metavar="N",
-                     help="score N photos of the first --eval set after every epoch: to look at, "
-                     "never to choose an epoch by [0]")
+    out.add_argument(
+        "--watch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="score N photos of the first --eval set after every epoch: to look at, "
+        "never to choose an epoch by [0]",
+    )
     parser.set_defaults(pairs=False)  # True: the networks see a photo and its modality, `stack`
 
 
@@ -126,24 +156,30 @@ def prepare(args: argparse.Namespace, method: str, captions: bool = False) -> No
     args.device, reason = runtime.pick_device(args.device)
     args.world = runtime.join_world(args.device)
     if args.batch_size % args.world.size:
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over "
-                        f"{args.world.size} processes")
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be split over {args.world.size} processes"
+        )
     args.out = run_folder(args, method)
     if args.weights and not args.eval and not args.predict:
-        raise UserError("--weights needs --eval SET or --predict PATH (training goes on with "
-                        "--resume)")
+        raise UserError(
+            "--weights needs --eval SET or --predict PATH (training goes on with --resume)"
+        )
     titles = set()
     for spec in args.eval:
         dataset = open_set(spec, args.data_root)
         if not captions and dataset[0]["mask"] is None:
             raise UserError(f"--eval {spec} has no masks: there is nothing to score with")
         if dataset.title in titles:
-            raise UserError(f"two --eval sets are called {dataset.title}, so the maps of one would "
-                            "overwrite those of the other: rename a folder")
+            raise UserError(
+                f"two --eval sets are called {dataset.title}, so the maps of one would "
+                "overwrite those of the other: rename a folder"
+            )
         titles.add(dataset.title)
     if args.world.main:
-        print(f"device {args.device} ({reason}), {args.world.size} process(es), "
-              f"backbone {args.backbone}, {args.size} px, run folder {args.out}")
+        print(
+            f"device {args.device} ({reason}), {args.world.size} process(es), "
+            f"backbone {args.backbone}, {args.size} px, run folder {args.out}"
+        )
 
 
 def run_folder(args: argparse.Namespace, method: str) -> Path:
@@ -161,12 +197,14 @@ def run_of(checkpoint: Path, stages: Sequence[str]) -> Path:
 def present(names: list[str], root: str) -> list[str]:
     """Those of `names` that are there; the others are named on the terminal. Raises `UserError`
     for a set that is broken."""
+
     def there(name: str) -> bool:
         try:
             open_set(name, root)
         except MissingSet:
             return False
         return True
+
     found = [name for name in names if there(name)]
     if len(found) < len(names) and os.environ.get("RANK", "0") == "0":
         print("evaluation sets not found: " + ", ".join(n for n in names if n not in found))
@@ -178,8 +216,11 @@ def plain_flags(args: argparse.Namespace, photos: Sequence[str]) -> dict:
     their number, and a digest of their names."""
     plain = (int, float, str, list, tuple, type(None))
     names = "\n".join(photos).encode(errors="backslashreplace")
-    flags = {key: value if isinstance(value, plain) else str(value)
-             for key, value in vars(args).items() if key != "world"}
+    flags = {
+        key: value if isinstance(value, plain) else str(value)
+        for key, value in vars(args).items()
+        if key != "world"
+    }
     return flags | {"photos": f"{len(photos)} ({hashlib.sha256(names).hexdigest()[:8]})"}
 
 
@@ -188,20 +229,43 @@ def save_args(flags: dict, args: argparse.Namespace, folder: Path) -> None:
     if args.world.main:
         files = {value for value in flags.values() if isinstance(value, str)}
         digests = {file: runtime.sha256(file) for file in sorted(files) if os.path.isfile(file)}
-        save_json(folder / "args.json",
-                  {"flags": flags, "sha256": digests, **runtime.environment()})
+        save_json(
+            folder / "args.json", {"flags": flags, "sha256": digests, **runtime.environment()}
+        )
 
 
-def save(folder: Path, method: str, stage: int, epoch: int, flags: dict, net: nn.Module,
-         optimiser: torch.optim.Optimizer, labels: MapBank | None = None) -> None:
+def save(
+    folder: Path,
+    method: str,
+    stage: int,
+    epoch: int,
+    flags: dict,
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    labels: MapBank | None = None,
+) -> None:
     """Write <folder>/last.pt: all that `resume` needs to go on as if nothing had happened."""
-    runtime.save_checkpoint(folder / "last.pt", method=method, stage=stage, epoch=epoch, args=flags,
-                            model=net.state_dict(), optimiser=optimiser.state_dict(),
-                            labels=labels.pixels if labels else None)
+    runtime.save_checkpoint(
+        folder / "last.pt",
+        method=method,
+        stage=stage,
+        epoch=epoch,
+        args=flags,
+        model=net.state_dict(),
+        optimiser=optimiser.state_dict(),
+        labels=labels.pixels if labels else None,
+    )
 
 
-def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
-           optimiser: torch.optim.Optimizer, labels: MapBank | None = None) -> int:
+def resume(
+    folder: Path,
+    method: str,
+    stage: int,
+    flags: dict,
+    net: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    labels: MapBank | None = None,
+) -> int:
     """Restore all that `save` wrote and return the number of finished epochs, 0 without --resume.
 
     Raises `UserError` if the checkpoint was trained with other flags or on other photos, or if a
@@ -217,15 +281,36 @@ def resume(folder: Path, method: str, stage: int, flags: dict, net: nn.Module,
         return 0
     photos = saved["args"].get("photos", flags["photos"])
     if photos != flags["photos"]:
-        raise UserError(f"{path} was trained on other photos, {photos} instead of "
-                        f"{flags['photos']}: give another --out for a new run")
-    free = {"out", "data_root", "device", "compile", "eval", "watch", "resume", "weights", "stage",
-            "predict", "cutout", "crf", "base", "photos"}
-    other = [spell(key, saved["args"].get(key)) for key in flags
-             if key not in free and flags[key] != saved["args"].get(key)]
+        raise UserError(
+            f"{path} was trained on other photos, {photos} instead of "
+            f"{flags['photos']}: give another --out for a new run"
+        )
+    free = {
+        "out",
+        "data_root",
+        "device",
+        "compile",
+        "eval",
+        "watch",
+        "resume",
+        "weights",
+        "stage",
+        "predict",
+        "cutout",
+        "crf",
+        "base",
+        "photos",
+    }
+    other = [
+        spell(key, saved["args"].get(key))
+        for key in flags
+        if key not in free and flags[key] != saved["args"].get(key)
+    ]
     if other:
-        raise UserError(f"{path} was trained with {', '.join(other)}: give the same flags to "
-                        "--resume, or another --out for a new run")
+        raise UserError(
+            f"{path} was trained with {', '.join(other)}: give the same flags to "
+            "--resume, or another --out for a new run"
+        )
     net.load_state_dict(saved["model"])
     optimiser.load_state_dict(saved["optimiser"])
     if labels:
@@ -242,8 +327,9 @@ def spell(key: str, value: object) -> str:
     return " ".join([flag, *map(str, values)])
 
 
-def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[str],
-            free: Sequence[str]) -> dict:
+def restore(
+    path: Path, method: str, args: argparse.Namespace, names: Sequence[str], free: Sequence[str]
+) -> dict:
     """A finished checkpoint of `method`. The flags in `names`, and those in `free` that were not
     given, are set as they were in its training."""
     saved = runtime.load_checkpoint(path, method)
@@ -256,7 +342,7 @@ def restore(path: Path, method: str, args: argparse.Namespace, names: Sequence[s
 
 # ---- Evaluation ------------------------------------------------------------------------------
 Forward = Callable[[Tensor], Tensor]
-Results = dict[str, Metrics]              # by the title of a row of the table
+Results = dict[str, Metrics]  # by the title of a row of the table
 
 
 def stack(samples: list[dict], args: argparse.Namespace) -> Tensor:
@@ -265,17 +351,19 @@ def stack(samples: list[dict], args: argparse.Namespace) -> Tensor:
     parts = [[s["image"] for s in samples]]
     if args.pairs:
         parts += [[s["image"] if s.get("modality") is None else s["modality"] for s in samples]]
-    small = [torch.stack([TF.resize(x, [args.size] * 2, antialias=True) for x in part])
-             for part in parts]
+    small = [
+        torch.stack([TF.resize(x, [args.size] * 2, antialias=True) for x in part]) for part in parts
+    ]
     return torch.cat(small, 1).to(args.device).float() / 255
 
 
-def batches_of(dataset: Dataset, args: argparse.Namespace,
-               text: str) -> Iterator[tuple[list[dict], Tensor]]:
+def batches_of(
+    dataset: Dataset, args: argparse.Namespace, text: str
+) -> Iterator[tuple[list[dict], Tensor]]:
     """This process's share of a set: samples, and what the networks see of them, see `stack`."""
     count = min(len(dataset), 2 * args.batch_size) if args.dry_run else len(dataset)
     index = args.world.share(range(count))
-    chunks = [index[i:i + args.batch_size] for i in range(0, len(index), args.batch_size)]
+    chunks = [index[i : i + args.batch_size] for i in range(0, len(index), args.batch_size)]
     for chunk in progress(chunks, text):
         samples = list(runtime.parallel_map(dataset.__getitem__, chunk))
         yield samples, stack(samples, args)
@@ -298,8 +386,7 @@ def finish(logit: Tensor, sample: dict, crf: bool) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(forward: Forward, args: argparse.Namespace, folder: Path,
-             row: str = "") -> Results:
+def evaluate(forward: Forward, args: argparse.Namespace, folder: Path, row: str = "") -> Results:
     """Metrics of every set in args.eval; maps go to <folder>/pred/<set><row>/<stem>.png.
 
     Returns {"<set><row>": metrics}; every process returns those of all processes' images.
@@ -355,8 +442,12 @@ def mirror(forward: Forward, bank: Bank) -> float:
     the picture (near 0 or below), the way in which unsupervised training fails on small pictures.
     """
     index = torch.arange(min(64, len(bank))).split(8)
-    maps = [torch.cat([torch.sigmoid(forward(bank.images(i, torch.full((len(i),), flip))))
-                       for i in index]) for flip in (False, True)]
+    maps = [
+        torch.cat(
+            [torch.sigmoid(forward(bank.images(i, torch.full((len(i),), flip)))) for i in index]
+        )
+        for flip in (False, True)
+    ]
     return torch.corrcoef(torch.stack([maps[0].flatten(), maps[1].flip(3).flatten()]))[0, 1].item()
 
 
@@ -377,7 +468,7 @@ class Watch:
             return {}
         metrics, rows = Metrics(wf=False), []
         for at in range(0, len(self.samples), self.args.batch_size):
-            part = self.samples[at:at + self.args.batch_size]
+            part = self.samples[at : at + self.args.batch_size]
             images = stack(part, self.args)
             for sample, image, logit in zip(part, images, forward(images)):
                 pred = finish(logit, sample, False)

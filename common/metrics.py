@@ -36,6 +36,7 @@ The values are those of PySODMetrics 1.6 to 1e-9, except where it fails or depen
 a block of S without pixels counts 0 (there NaN), a block of one grey level has no variance, a
 level equal to the adaptive threshold is above it, E of a single pixel is divided by 1, not by 0.
 """
+
 import argparse
 from collections.abc import Mapping
 from functools import partial
@@ -51,8 +52,8 @@ from common.datasets import SUFFIXES, by_name, load_grey, pictures
 from common.runtime import UserError, cli, parallel_map, progress, save_csv, save_json
 from common.weighted_f import FAR, weighted_f
 
-EPS = 2.0 ** -52
-BETA2 = 0.3                                   # in F; below 1 precision matters more than recall
+EPS = 2.0**-52
+BETA2 = 0.3  # in F; below 1 precision matters more than recall
 NAMES = ("MAE", "F_mean", "F_adp", "F_max", "E_mean", "E_adp", "E_max", "S", "wF", "IoU")
 
 
@@ -74,23 +75,23 @@ def count(pred: Tensor, gt: Tensor) -> Tensor:
     foreground), grey level. The four blocks meet at the foreground's centre of mass.
     """
     b, h, w = pred.shape
-    kind = torch.int16 if b < 16 else torch.int32                      # 2048 bins per image
+    kind = torch.int16 if b < 16 else torch.int32  # 2048 bins per image
     y, x = torch.arange(h, device=gt.device), torch.arange(w, device=gt.device)
-    in_row, in_col = gt.sum(2, dtype=torch.int32), gt.sum(1, dtype=torch.int32)    # [B, H], [B, W]
-    n_fg = in_row.sum(1, keepdim=True).clamp(min=1).cpu().double()     # [B, 1]
+    in_row, in_col = gt.sum(2, dtype=torch.int32), gt.sum(1, dtype=torch.int32)  # [B, H], [B, W]
+    n_fg = in_row.sum(1, keepdim=True).clamp(min=1).cpu().double()  # [B, 1]
     # The top left block includes the centre. Halves are rounded to even numbers.
     cy = ((in_row * y).sum(1, keepdim=True).cpu() / n_fg).round().to(y)
     cx = ((in_col * x).sum(1, keepdim=True).cpu() / n_fg).round().to(x)
     image = torch.arange(b, device=gt.device, dtype=kind)[:, None]
-    row = 2048 * image + 1024 * (y > cy).to(kind)                      # [B, H]
-    key = row[:, :, None] + 512 * (x > cx).to(kind)[:, None]           # [B, H, W]
+    row = 2048 * image + 1024 * (y > cy).to(kind)  # [B, H]
+    key = row[:, :, None] + 512 * (x > cx).to(kind)[:, None]  # [B, H, W]
     key.add_(gt, alpha=256).add_(pred)
     return torch.bincount(key.flatten(), minlength=b << 11).view(b, 4, 2, 256).int().cpu()
 
 
 def value_range(counts: Tensor, stretch: bool) -> tuple[Tensor, Tensor]:
     """The grey levels that become t = 0 and t = 1: counts [N, 4, 2, 256] -> two int64 [N]."""
-    used = (counts.sum((1, 2)) > 0).int()                              # [N, 256]
+    used = (counts.sum((1, 2)) > 0).int()  # [N, 256]
     low, high = used.argmax(1), 255 - used.flip(1).argmax(1)
     fixed = (low == high) | (not stretch)
     return torch.where(fixed, 0, low), torch.where(fixed, 255, high)
@@ -102,32 +103,43 @@ def score_images(counts: Tensor, stretch: bool) -> dict[str, Tensor]:
 
     counts: int32 [N, 4, 2, 256] from `count`.
     """
-    low, high = (level[:, None].double() for level in value_range(counts, stretch))    # [N, 1]
+    low, high = (level[:, None].double() for level in value_range(counts, stretch))  # [N, 1]
     v = torch.arange(256, dtype=torch.float64)
     # This order of operations gives trunc(255 t) below the same value as in the reference.
-    t = ((v / 255 - low / 255) / (high / 255 - low / 255)).clamp(0, 1)                 # [N, 256]
+    t = ((v / 255 - low / 255) / (high / 255 - low / 255)).clamp(0, 1)  # [N, 256]
     counts = counts.double()
-    bg, fg = counts.sum(1).unbind(1)                                                   # [N, 256]
-    n_fg, n = fg.sum(1, keepdim=True), (bg + fg).sum(1, keepdim=True)                  # [N, 1]
+    bg, fg = counts.sum(1).unbind(1)  # [N, 256]
+    n_fg, n = fg.sum(1, keepdim=True), (bg + fg).sum(1, keepdim=True)  # [N, 1]
 
     # Curves: column i counts the pixels with trunc(255 t) >= 255 - i.
     level = (t * 255).long()
     tp, fp = (torch.zeros_like(t).scatter_add_(1, level, x).flip(1).cumsum(1) for x in (fg, bg))
-    precision, recall, f = f_measure(tp, fp, n_fg)                                     # [N, 256]
+    precision, recall, f = f_measure(tp, fp, n_fg)  # [N, 256]
     e = e_measure(tp, fp, n_fg, n)
 
     # t >= min(2 mean(t), 1) in whole numbers (times n and high - low), so that ties are exact.
     rise = v - low
     twice_mean = 2 * ((bg + fg) * rise).sum(1, keepdim=True)
-    adaptive = n * rise >= torch.minimum(twice_mean, n * (high - low))                 # [N, 256]
-    tp, fp = ((x * adaptive).sum(1, keepdim=True) for x in (fg, bg))                   # [N, 1]
+    adaptive = n * rise >= torch.minimum(twice_mean, n * (high - low))  # [N, 256]
+    tp, fp = ((x * adaptive).sum(1, keepdim=True) for x in (fg, bg))  # [N, 1]
     f_adp, e_adp = f_measure(tp, fp, n_fg)[2], e_measure(tp, fp, n_fg, n)
     tp, fp = ((x * (t > 0.5)).sum(1, keepdim=True) for x in (fg, bg))
     iou = divide(tp, fp + n_fg)
-    return {"MAE": (bg * t + fg * (1 - t)).sum(1) / n[:, 0], "S": s_measure(counts, t),
-            "F_mean": f.mean(1), "F_adp": f_adp[:, 0], "F_max": f.amax(1),
-            "E_mean": e.mean(1), "E_adp": e_adp[:, 0], "E_max": e.amax(1), "IoU": iou[:, 0],
-            "precision": precision, "recall": recall, "F": f, "E": e}
+    return {
+        "MAE": (bg * t + fg * (1 - t)).sum(1) / n[:, 0],
+        "S": s_measure(counts, t),
+        "F_mean": f.mean(1),
+        "F_adp": f_adp[:, 0],
+        "F_max": f.amax(1),
+        "E_mean": e.mean(1),
+        "E_adp": e_adp[:, 0],
+        "E_max": e.amax(1),
+        "IoU": iou[:, 0],
+        "precision": precision,
+        "recall": recall,
+        "F": f,
+        "E": e,
+    }
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
@@ -163,11 +175,11 @@ def s_measure(counts: Tensor, t: Tensor) -> Tensor:
     mean of the similarities of map and mask in the four blocks; both are weighted by area.
     For an empty (full) mask S is 1 - mean t (mean t).
     """
-    bg, fg = counts.sum(1).unbind(1)                                   # [N, 256]
-    n_fg, n = fg.sum(1), (bg + fg).sum(1)                              # [N]
+    bg, fg = counts.sum(1).unbind(1)  # [N, 256]
+    n_fg, n = fg.sum(1), (bg + fg).sum(1)  # [N]
     share, mean = n_fg / n, ((bg + fg) * t).sum(1) / n
     s_object = share * object_score(fg, t) + (1 - share) * object_score(bg, 1 - t)
-    area = counts.sum((2, 3)) / n[:, None]                             # [N, 4]
+    area = counts.sum((2, 3)) / n[:, None]  # [N, 4]
     s_region = (area * block_similarity(counts, t[:, None])).sum(1)
     s = ((s_object + s_region) / 2).clamp(min=0)
     return torch.where(n_fg == 0, 1 - mean, torch.where(n_fg == n, mean, s))
@@ -190,18 +202,18 @@ def block_similarity(counts: Tensor, t: Tensor) -> Tensor:
     x, y: means of t and G in the block; c_x, c_y, c: variances and covariance, divisor n - 1.
     1 if the denominator is 0: both are constant (whatever the constants), or both are empty.
     """
-    bg, fg = counts.unbind(2)                                          # [N, 4, 256]
+    bg, fg = counts.unbind(2)  # [N, 4, 256]
     both, n_bg, n_fg = bg + fg, bg.sum(2), fg.sum(2)
-    n = n_bg + n_fg                                                    # [N, 4]
+    n = n_bg + n_fg  # [N, 4]
     x, y = divide((both * t).sum(2), n), divide(n_fg, n)
     # In floating point the mean of a constant may differ from it, so say that it does not.
     constant = (both > 0).sum(2, keepdim=True) == 1
-    dx = torch.where(constant, 0, t - x[..., None])                    # [N, 4, 256]
+    dx = torch.where(constant, 0, t - x[..., None])  # [N, 4, 256]
     free = (n - 1).clamp(min=1)
-    c_x = (both * dx ** 2).sum(2) / free
-    c_y = (n_fg * (1 - y) ** 2 + n_bg * y ** 2) / free
+    c_x = (both * dx**2).sum(2) / free
+    c_y = (n_fg * (1 - y) ** 2 + n_bg * y**2) / free
     c = ((fg * dx).sum(2) * (1 - y) - (bg * dx).sum(2) * y) / free
-    top, bottom = 4 * x * y * c, (x ** 2 + y ** 2) * (c_x + c_y)
+    top, bottom = 4 * x * y * c, (x**2 + y**2) * (c_x + c_y)
     return torch.where(top != 0, top / (bottom + EPS), (bottom == 0).double())
 
 
@@ -215,7 +227,7 @@ class Metrics:
     def __init__(self, wf: bool = True, stretch: bool = True):
         self.wf, self.stretch = wf, stretch
         # numpy, for a tensor that is sent to another process costs an open file
-        self._counts: list[np.ndarray] = []                       # int32 [b, 4, 2, 256]
+        self._counts: list[np.ndarray] = []  # int32 [b, 4, 2, 256]
         self._wf: list[float] = []
 
     def add(self, pred: Tensor, gt: Tensor) -> None:
@@ -224,12 +236,18 @@ class Metrics:
         They are counted on their device; weighted F is computed on the CPU.
         """
         given = [(x.dtype, tuple(x.shape)) for x in (pred, gt)]
-        if (pred.dtype, gt.dtype) != (torch.uint8, torch.bool) or pred.shape != gt.shape \
-                or pred.dim() not in (2, 3) or pred.numel() == 0:
-            raise ValueError("prediction and mask must be uint8 and bool, both [B, H, W] or [H, W] "
-                             f"and not empty, but are {given[0]} and {given[1]}; see to_uint8")
+        if (
+            (pred.dtype, gt.dtype) != (torch.uint8, torch.bool)
+            or pred.shape != gt.shape
+            or pred.dim() not in (2, 3)
+            or pred.numel() == 0
+        ):
+            raise ValueError(
+                "prediction and mask must be uint8 and bool, both [B, H, W] or [H, W] "
+                f"and not empty, but are {given[0]} and {given[1]}; see to_uint8"
+            )
         pred, gt = (x.reshape(-1, *x.shape[-2:]) for x in (pred, gt))
-        size = 1 if pred.device.type == "cpu" else len(pred)      # one image fits the CPU's cache
+        size = 1 if pred.device.type == "cpu" else len(pred)  # one image fits the CPU's cache
         counts = torch.cat([count(p, g) for p, g in zip(pred.split(size), gt.split(size))])
         self._counts.append(counts.numpy())
         if self.wf:
@@ -287,19 +305,25 @@ def table(results: Mapping[str, Mapping], style: str = "text", mark_best: bool =
     special = {"markdown": "|", "latex": "_&%#$"}.get(style, "")
     columns = [["", *results], ["n", *(str(scores["n"]) for scores in results.values())]]
     for name in NAMES:
-        cells = ["-" if scores[name] is None else f"{scores[name]:.3f}"
-                 for scores in results.values()]
+        cells = [
+            "-" if scores[name] is None else f"{scores[name]:.3f}" for scores in results.values()
+        ]
         if mark_best and "-" not in cells:
             best = (min if name == "MAE" else max)(cells)
             cells = [bold.format(cell) if cell == best else cell for cell in cells]
         columns.append([name, *cells])
-    rows = [["".join("\\" * (letter in special) + letter for letter in cell) for cell in row]
-            for row in zip(*columns)]
+    rows = [
+        ["".join("\\" * (letter in special) + letter for letter in cell) for cell in row]
+        for row in zip(*columns)
+    ]
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
     if style == "markdown":
         rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    left, gap, right = {"text": ("", "  ", ""), "markdown": ("| ", " | ", " |"),
-                        "latex": ("", " & ", r" \\")}[style]
+    left, gap, right = {
+        "text": ("", "  ", ""),
+        "markdown": ("| ", " | ", " |"),
+        "latex": ("", " & ", r" \\"),
+    }[style]
     lines = []
     for title, *cells in rows:
         cells = [title.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]
@@ -316,15 +340,19 @@ def find_images(folder: str | Path) -> dict[str, Path]:
 
     Raises UserError if there is none, or if two differ in the suffix alone.
     """
-    rows = [([], base.relative_to(folder).parts, base / file)
-            for base, files in pictures(Path(folder)) for file in files]
+    rows = [
+        ([], base.relative_to(folder).parts, base / file)
+        for base, files in pictures(Path(folder))
+        for file in files
+    ]
     if not rows:
         raise UserError(f"{folder} is not a folder with images ({', '.join(SUFFIXES)})")
     return by_name(rows)
 
 
-def score_files(pair: tuple[Path, Path], wf: bool, stretch: bool, gt_rule: str, resize: str,
-                empty: str) -> tuple[Metrics | None, dict[str, str]]:
+def score_files(
+    pair: tuple[Path, Path], wf: bool, stretch: bool, gt_rule: str, resize: str, empty: str
+) -> tuple[Metrics | None, dict[str, str]]:
     """Metrics of one map and mask (None if they are not scored), and {problem: what it is}."""
     try:
         grey, mask = (load_grey(path) for path in pair)
@@ -332,12 +360,17 @@ def score_files(pair: tuple[Path, Path], wf: bool, stretch: bool, gt_rule: str, 
         return None, {"unreadable": str(error)}
     levels, size = np.asarray(mask), mask.size
     if wf and max(size) >= FAR:
-        return None, {"unreadable": f"{pair[1]} ({max(size)} pixels on a side, too many for wF; "
-                                    "leave it out with --no-wf)"}
+        return None, {
+            "unreadable": f"{pair[1]} ({max(size)} pixels on a side, too many for wF; "
+            "leave it out with --no-wf)"
+        }
     inside = torch.from_numpy(levels > (128 if gt_rule == "128" else levels.max() / 2))
     low, high = grey.getextrema()
-    found = {"resized": grey.size != size, "empty mask": not inside.any(),
-             "constant map": low == high}
+    found = {
+        "resized": grey.size != size,
+        "empty mask": not inside.any(),
+        "constant map": low == high,
+    }
     notes = {problem: "" for problem, holds in found.items() if holds}
     if empty == "skip" and "empty mask" in notes:
         return None, notes
@@ -348,9 +381,15 @@ def score_files(pair: tuple[Path, Path], wf: bool, stretch: bool, gt_rule: str, 
     return metrics, notes
 
 
-def evaluate_folders(pred: str | Path, gt: str | Path, wf: bool = True, stretch: bool = True,
-                     gt_rule: str = "128", resize: str = "bilinear", empty: str = "keep",
-                     ) -> tuple[Metrics, list[str], dict[str, list[str]]]:
+def evaluate_folders(
+    pred: str | Path,
+    gt: str | Path,
+    wf: bool = True,
+    stretch: bool = True,
+    gt_rule: str = "128",
+    resize: str = "bilinear",
+    empty: str = "keep",
+) -> tuple[Metrics, list[str], dict[str, list[str]]]:
     """Score the maps in `pred` against the masks in `gt`, paired by stem, on all cores.
 
     gt_rule: foreground is above '128', or above 'half' of the mask's maximum (masks of 0 and 1).
@@ -361,14 +400,20 @@ def evaluate_folders(pred: str | Path, gt: str | Path, wf: bool = True, stretch:
     names = sorted(maps.keys() & masks.keys())
     if not names:
         raise UserError(f"no file in {pred} has the stem of a mask in {gt}; check both folders")
-    report = {"missing": sorted(masks.keys() - maps.keys()), "unreadable": [],
-              "extra": sorted(maps.keys() - masks.keys()), "resized": [], "empty mask": [],
-              "constant map": []}
+    report = {
+        "missing": sorted(masks.keys() - maps.keys()),
+        "unreadable": [],
+        "extra": sorted(maps.keys() - masks.keys()),
+        "resized": [],
+        "empty mask": [],
+        "constant map": [],
+    }
     total, scored, threads = Metrics(wf, stretch), [], torch.get_num_threads()
-    torch.set_num_threads(1)                  # one image per core beats all cores on one image
+    torch.set_num_threads(1)  # one image per core beats all cores on one image
     try:
-        score = partial(score_files, wf=wf, stretch=stretch, gt_rule=gt_rule, resize=resize,
-                        empty=empty)
+        score = partial(
+            score_files, wf=wf, stretch=stretch, gt_rule=gt_rule, resize=resize, empty=empty
+        )
         pairs = [(maps[name], masks[name]) for name in names]
         results = progress(parallel_map(score, pairs, processes=True), str(pred), len(names))
         for name, (metrics, notes) in zip(names, results):
@@ -388,19 +433,35 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("pred", nargs="+", type=Path, help="folder of maps, png or jpg; several are compared")
     add("gt", type=Path, help="folder of masks with the same stems")
-    add("--gt-rule", choices=("128", "half"), default="128",
-        help="foreground is > 128, or > half of the mask's maximum (default: 128)")
-    add("--resize", choices=("bilinear", "bicubic", "nearest"), default="bilinear",
-        help="filter for maps of another size than their mask (default: bilinear)")
+    add(
+        "--gt-rule",
+        choices=("128", "half"),
+        default="128",
+        help="foreground is > 128, or > half of the mask's maximum (default: 128)",
+    )
+    add(
+        "--resize",
+        choices=("bilinear", "bicubic", "nearest"),
+        default="bilinear",
+        help="filter for maps of another size than their mask (default: bilinear)",
+    )
     add("--no-stretch", dest="stretch", action="store_false", help="score v / 255, no stretching")
-    add("--empty", choices=("keep", "skip"), default="keep",
-        help="images with an empty mask, whose F, wF and IoU are 0 (default: keep)")
+    add(
+        "--empty",
+        choices=("keep", "skip"),
+        default="keep",
+        help="images with an empty mask, whose F, wF and IoU are 0 (default: keep)",
+    )
     add("--no-wf", dest="wf", action="store_false", help="leave out weighted F, for speed")
     add("--allow-missing", action="store_true", help="score what can be read, whatever is missing")
     add("--json", type=Path, metavar="FILE", help="write the scores; of several folders, by folder")
     add("--csv", type=Path, metavar="FILE", help="write the scores of each image")
-    add("--curves", type=Path, metavar="FILE",
-        help="draw precision-recall, F and E curves (.svg), or write their numbers (.csv)")
+    add(
+        "--curves",
+        type=Path,
+        metavar="FILE",
+        help="draw precision-recall, F and E curves (.svg), or write their numbers (.csv)",
+    )
     add("--markdown", dest="style", action="store_const", const="markdown", default="text")
     add("--latex", dest="style", action="store_const", const="latex")
     return parser
@@ -430,14 +491,20 @@ def main(argv: list[str] | None = None) -> None:
             curves[title] = metrics.curves()
         if args.csv:
             images = {key: value.tolist() for key, value in metrics.per_image().items()}
-            lines += [[title, name, *(images[key][i] if key in images else "" for key in NAMES)]
-                      for i, name in enumerate(names)]
+            lines += [
+                [title, name, *(images[key][i] if key in images else "" for key in NAMES)]
+                for i, name in enumerate(names)
+            ]
     if lost and not args.allow_missing:
-        raise UserError(f"{lost} of the pairs of map and mask cannot be scored (listed above), and "
-                        "the scores of the others would not compare; complete the folders or use "
-                        "--allow-missing")
-    print(f"options: mask > {args.gt_rule}, {'' if args.stretch else 'not '}stretched, resize "
-          f"{args.resize}, empty masks {args.empty}; beta^2 is 0.3 in F, 1 in wF; IoU at 0.5")
+        raise UserError(
+            f"{lost} of the pairs of map and mask cannot be scored (listed above), and "
+            "the scores of the others would not compare; complete the folders or use "
+            "--allow-missing"
+        )
+    print(
+        f"options: mask > {args.gt_rule}, {'' if args.stretch else 'not '}stretched, resize "
+        f"{args.resize}, empty masks {args.empty}; beta^2 is 0.3 in F, 1 in wF; IoU at 0.5"
+    )
     print(table(results, args.style, mark_best=len(results) > 1))
     if args.json:
         save_json(args.json, results if len(results) > 1 else results[title])

@@ -12,6 +12,7 @@ The paper gives no settings. psp, aspp and apc see all scales, resized to 1/8 an
 map at 1/32 alone could be as exact as its table says. They normalise means over whole maps over the
 batch, so training needs at least two images per process.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,9 +40,9 @@ class Affinity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, before, h, w] -> [B, after, h, w]"""
-        regions = self.region(F.adaptive_avg_pool2d(x, self.n)).flatten(2)   # [B, C, nn]
+        regions = self.region(F.adaptive_avg_pool2d(x, self.n)).flatten(2)  # [B, C, nn]
         x = self.reduce(x)
-        weights = self.weigh(x + x.mean((2, 3), keepdim=True)).flatten(2)    # [B, nn, hw]
+        weights = self.weigh(x + x.mean((2, 3), keepdim=True)).flatten(2)  # [B, nn, hw]
         return self.fuse(x + self.back((regions @ weights).view_as(x)))
 
 
@@ -55,8 +56,10 @@ class NonLocal(nn.Module):
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
         """[B, before, h, w], [B, low, h', w'] -> [B, after, h, w]"""
-        k, v = (torch.cat([F.adaptive_avg_pool2d(f(low), n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
-                for f in self.kv)                                        # [B, 110, 256]
+        k, v = (
+            torch.cat([F.adaptive_avg_pool2d(f(low), n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
+            for f in self.kv
+        )  # [B, 110, 256]
         context = F.scaled_dot_product_attention(self.q(x).flatten(2).mT, k, v).mT
         return self.fuse(torch.cat([context.unflatten(2, x.shape[2:]), x], 1))
 
@@ -73,8 +76,10 @@ class ContextDecoder(nn.Module):
         elif kind == "apc":
             contexts = [Affinity(before, width, n) for n in (1, 2, 3, 6)]
         else:  # means over n x n regions; aspp has that of the whole map, and dilated convolutions
-            contexts = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(before, width))
-                        for n in ((1,) if kind == "aspp" else (1, 2, 3, 6))]
+            contexts = [
+                nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(before, width))
+                for n in ((1,) if kind == "aspp" else (1, 2, 3, 6))
+            ]
         if kind == "aspp":
             contexts += [conv(before, width, *shape) for shape in ((1,), (3, 12), (3, 24), (3, 36))]
         self.contexts = nn.ModuleList(contexts)

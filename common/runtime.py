@@ -7,6 +7,7 @@ Nothing here knows a method. Three rules hold everywhere:
 * random numbers come from generators seeded by (seed, purpose, epoch), so a run does not depend on
   how often it was interrupted, on worker threads, or on the number of processes.
 """
+
 import csv
 import hashlib
 import io
@@ -99,16 +100,23 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
-                        "use fewer processes, or --device cpu") from None
-    return device, f"{torch.cuda.get_device_name(device)} found" if name == "auto" else \
-        "chosen by --device"
+        raise UserError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
+            "use fewer processes, or --device cpu"
+        ) from None
+    return (
+        device,
+        f"{torch.cuda.get_device_name(device)} found" if name == "auto" else "chosen by --device",
+    )
 
 
 def autocast(device: torch.device, amp: str):
     """bf16 autocast if `amp` is 'bf16', or 'auto' on a GPU that has bf16; else does nothing."""
-    on = amp == "bf16" or (amp == "auto" and device.type == "cuda"
-                           and torch.cuda.is_bf16_supported(including_emulation=False))
+    on = amp == "bf16" or (
+        amp == "auto"
+        and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
 
 
@@ -122,6 +130,7 @@ def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
 @dataclass(frozen=True)
 class World:
     """The processes of a torchrun job; one process without torchrun."""
+
     rank: int = 0
     size: int = 1
 
@@ -132,7 +141,7 @@ class World:
 
     def share(self, items: Sequence) -> Sequence:
         """Every size-th item, starting at this process's rank."""
-        return items[self.rank::self.size]
+        return items[self.rank :: self.size]
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -190,8 +199,10 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}); "
-                        "choose another place or free some space") from None
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); "
+            "choose another place or free some space"
+        ) from None
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -220,8 +231,11 @@ def save_png(path: str | Path, pixels: torch.Tensor | np.ndarray) -> None:
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) \
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if sys.version_info >= (3, 11)
             else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def torch_load(path: str | Path) -> dict:
@@ -236,27 +250,39 @@ def torch_load(path: str | Path) -> dict:
             raise TypeError("its keys are no names")
         return found
     except Exception as error:  # zip, pickle, and unicode errors of many kinds
-        raise UserError(f"{path} is not a readable file of tensors "
-                        f"({str(error).splitlines()[0][:80]}); fetch or make it again") from None
+        raise UserError(
+            f"{path} is not a readable file of tensors "
+            f"({str(error).splitlines()[0][:80]}); fetch or make it again"
+        ) from None
 
 
-def load_state(module: torch.nn.Module, state: dict, source: str | Path,
-               surplus: tuple[str, ...] = ()) -> None:
+def load_state(
+    module: torch.nn.Module, state: dict, source: str | Path, surplus: tuple[str, ...] = ()
+) -> None:
     """Strict `load_state_dict` that accounts for every key.
 
     surplus: prefixes of keys that the file may have and `module` does not need (a classifier).
     Raises `UserError` that names missing, unexpected and misshapen keys.
     """
     own = module.state_dict()
-    state = {key: value for key, value in state.items()
-             if key in own or not key.startswith(surplus or ("\0",))}
+    state = {
+        key: value
+        for key, value in state.items()
+        if key in own or not key.startswith(surplus or ("\0",))
+    }
     # BatchNorm's batch counters appeared in torch 0.4.1: older files lack them, nothing uses them
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    wrong = {"missing": missing, "unexpected": [k for k in state if k not in own],
-             "of another shape": [k for k in own if k in state and state[k].shape != own[k].shape]}
+    wrong = {
+        "missing": missing,
+        "unexpected": [k for k in state if k not in own],
+        "of another shape": [k for k in own if k in state and state[k].shape != own[k].shape],
+    }
     if any(wrong.values()):
-        found = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
-                          for what, keys in wrong.items() if keys)
+        found = "; ".join(
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
+            for what, keys in wrong.items()
+            if keys
+        )
         raise UserError(f"{source} holds the weights of another network: keys {found}")
     module.load_state_dict({**own, **state})
 
@@ -271,11 +297,15 @@ def load_checkpoint(path: str | Path, method: str, stage: str | None = None) -> 
     found = torch_load(path)
     of = found.get("method"), found.get("stage")
     if of[0] is None:
-        raise UserError(f"{path} is not a checkpoint of this project (a backbone's weights go to "
-                        "--backbone-weights)")
+        raise UserError(
+            f"{path} is not a checkpoint of this project (a backbone's weights go to "
+            "--backbone-weights)"
+        )
     if of[0] != method or stage not in (None, of[1]):
-        raise UserError(f"{path} is a checkpoint of {of[0]} stage {of[1]}, "
-                        f"not of {method}{f' stage {stage}' if stage else ''}")
+        raise UserError(
+            f"{path} is a checkpoint of {of[0]} stage {of[1]}, "
+            f"not of {method}{f' stage {stage}' if stage else ''}"
+        )
     return found
 
 
@@ -283,20 +313,31 @@ def load_checkpoint(path: str | Path, method: str, stage: str | None = None) -> 
 def environment() -> dict:
     """Versions, git commit and processor: what a reader needs to repeat a run."""
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
-                                text=True, cwd=Path(__file__).parent).stdout.strip()
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
     except OSError:
         commit = ""
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "machine": platform.machine(),
-            "threads": torch.get_num_threads(), "commit": commit or "unknown"}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "commit": commit or "unknown",
+    }
 
 
 def require_finite(loss: float, epoch: int) -> None:
     """Raise `UserError` if an epoch's mean loss is not a number, before a checkpoint is written."""
     if not math.isfinite(loss):
-        raise UserError(f"the loss of epoch {epoch} is not a number; the checkpoint of epoch "
-                        f"{epoch - 1} is kept: start again with a lower --lr")
+        raise UserError(
+            f"the loss of epoch {epoch} is not a number; the checkpoint of epoch "
+            f"{epoch - 1} is kept: start again with a lower --lr"
+        )
 
 
 class Log:
@@ -307,8 +348,11 @@ class Log:
         self.start = self.last = time.time()
         if not quiet:  # a resumed run forgets what came after its checkpoint
             kept = self.path.read_text().splitlines() if done and self.path.exists() else []
-            kept = [line + "\n" for line in kept  # a crash may have cut the last line
-                    if line.endswith("}") and json.loads(line)["epoch"] <= done]
+            kept = [
+                line + "\n"
+                for line in kept  # a crash may have cut the last line
+                if line.endswith("}") and json.loads(line)["epoch"] <= done
+            ]
             save_text(self.path, "".join(kept))
 
     def epoch(self, epoch: int, images: int, **values: float) -> None:
@@ -321,9 +365,12 @@ class Log:
         if self.quiet:
             return
         shown = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(f"epoch {epoch:2d}/{self.epochs} | {shown} | {rate:.0f} img/s"
-              + f" | {memory:.1f} GB" * (memory > 0) + f" | eta {eta // 60:.0f}m{eta % 60:02.0f}s",
-              flush=True)
+        print(
+            f"epoch {epoch:2d}/{self.epochs} | {shown} | {rate:.0f} img/s"
+            + f" | {memory:.1f} GB" * (memory > 0)
+            + f" | eta {eta // 60:.0f}m{eta % 60:02.0f}s",
+            flush=True,
+        )
         record = {"epoch": epoch, **values, "images_per_s": rate, "memory_gb": memory}
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -331,6 +378,10 @@ class Log:
 
 def picture_strip(path: str | Path, rows: list[list[torch.Tensor]], side: int = 160) -> None:
     """Save rows of pictures side by side: each float [C, H, W] in [0, 1] with C = 1 or 3."""
-    cells = [torch.cat([TF.resize(p.float().cpu().clamp(0, 1).expand(3, -1, -1), [side, side])
-                        for p in row], 2) for row in rows]
+    cells = [
+        torch.cat(
+            [TF.resize(p.float().cpu().clamp(0, 1).expand(3, -1, -1), [side, side]) for p in row], 2
+        )
+        for row in rows
+    ]
     save_png(path, (torch.cat(cells, 1) * 255 + 0.5).byte().permute(1, 2, 0))

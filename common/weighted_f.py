@@ -14,6 +14,7 @@ The work is in the distances. A pass over the columns gives each pixel's distanc
 in its column. From these, `near_search` finds the nearest foreground pixel of every pixel within
 reach of the blur, and `far_search` the distance of the wrong pixels farther away, usually few.
 """
+
 import math
 
 import numpy as np
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-EPS = 2.0 ** -52
-FAR = 16_000                                  # gap of a column without foreground; 2 FAR fits int16
-REACH = 4                                     # columns that `near_search` looks to either side
-BEYOND = (REACH + 1) ** 2                     # its d^2 for anything farther away
+EPS = 2.0**-52
+FAR = 16_000  # gap of a column without foreground; 2 FAR fits int16
+REACH = 4  # columns that `near_search` looks to either side
+BEYOND = (REACH + 1) ** 2  # its d^2 for anything farther away
 GAUSS = [math.exp(-i * i / (2 * 5 * 5)) for i in range(-3, 4)]
 
 
@@ -40,28 +41,28 @@ def weighted_f(pred: Tensor, gt: Tensor, low: int, high: int) -> float:
     n_fg = int(in_row.sum())
     if n_fg == 0:
         return 0.0
-    rows, cols = bounds(in_row), bounds(in_col)                        # the box around G: [h, w]
-    gap = column_gap(gt[:, cols])                                      # [H, w]
-    near = near_search(gap[rows])                                      # [h, w]
+    rows, cols = bounds(in_row), bounds(in_col)  # the box around G: [h, w]
+    gap = column_gap(gt[:, cols])  # [H, w]
+    near = near_search(gap[rows])  # [h, w]
 
     # Background. Only wrong pixels cost, in most maps a few per cent of all. E in grey levels.
     error = (pred - low) * ~gt
-    wrong = indices(error.bool())                                      # [K]
+    wrong = indices(error.bool())  # [K]
     d2 = torch.full(gt.shape, BEYOND, dtype=torch.int32)
     d2[rows, cols] = near >> 4
     d2 = d2.take(wrong)
-    far = indices(d2 == BEYOND)                                        # [L], of the K
+    far = indices(d2 == BEYOND)  # [L], of the K
     pixel = wrong[far].int()
     d2[far] = far_search(gap, pixel // gt.shape[1], pixel % gt.shape[1] - cols.start)
     cost = error.take(wrong) * (2 - torch.exp2(-d2.double().sqrt() / 5))
     fp = cost.sum().item() / (high - low)
 
     # Foreground. The blur sees 3 pixels around it, which lie in the box and within REACH.
-    gt, gap = gt[rows, cols], gap[rows]                                # [h, w]
-    error = ((high - pred[rows, cols]) * gt).double()                  # 0 on the background
-    around = indices((near < 16 * BEYOND) & ~gt)                       # [M]
-    beside = around + (near.take(around) & 15) - REACH                 # in the nearest's column
-    rise = gap.take(beside).long() * gt.shape[1]                       # from there to the nearest
+    gt, gap = gt[rows, cols], gap[rows]  # [h, w]
+    error = ((high - pred[rows, cols]) * gt).double()  # 0 on the background
+    around = indices((near < 16 * BEYOND) & ~gt)  # [M]
+    beside = around + (near.take(around) & 15) - REACH  # in the nearest's column
+    rise = gap.take(beside).long() * gt.shape[1]  # from there to the nearest
     above, below = beside - rise, beside + rise
     nearest = torch.where((above >= 0) & gt.take(above.clamp(min=0)), above, below)
     spread = error.clone().put_(around, error.take(nearest))
@@ -73,7 +74,7 @@ def weighted_f(pred: Tensor, gt: Tensor, low: int, high: int) -> float:
 
 def indices(where: Tensor) -> Tensor:
     """Where a bool tensor is true: int64 [K], positions in the flattened tensor, ascending."""
-    return torch.from_numpy(np.flatnonzero(where.numpy()))             # 3 times as fast as nonzero
+    return torch.from_numpy(np.flatnonzero(where.numpy()))  # 3 times as fast as nonzero
 
 
 def bounds(line: Tensor) -> slice:
@@ -86,7 +87,7 @@ def column_gap(gt: Tensor) -> Tensor:
     """Distance to the nearest foreground pixel in the same column: bool [H, w] -> int16 [H, w]."""
     gap = (~gt).to(torch.int16) * FAR
     step = 1
-    while step < len(gap):                    # after this pass, gaps below 2 step are final
+    while step < len(gap):  # after this pass, gaps below 2 step are final
         longer = gap + step
         torch.minimum(gap[step:], longer[:-step], out=gap[step:])
         torch.minimum(gap[:-step], longer[step:], out=gap[:-step])
@@ -102,10 +103,10 @@ def near_search(gap: Tensor) -> Tensor:
     """
     width = gap.shape[1]
     gap = gap.clamp(max=REACH + 1)
-    squares = pad(16 * gap * gap, (REACH, REACH), value=16 * BEYOND)   # `** 2` is slow for integers
+    squares = pad(16 * gap * gap, (REACH, REACH), value=16 * BEYOND)  # `** 2` is slow for integers
     key = torch.full_like(gap, 16 * BEYOND)
     for i in range(2 * REACH + 1):
-        torch.minimum(key, squares[:, i:i + width] + (16 * (i - REACH) ** 2 + i), out=key)
+        torch.minimum(key, squares[:, i : i + width] + (16 * (i - REACH) ** 2 + i), out=key)
     return key
 
 
@@ -115,12 +116,12 @@ def far_search(gap: Tensor, y: Tensor, x: Tensor) -> Tensor:
     gap int16 [H, w], y and x int32 [K] -> int32 [K].
     """
     c = torch.arange(gap.shape[1], dtype=torch.int32)
-    curve = torch.addcmul(c * c, gap.int(), gap.int())                 # [H, w]
+    curve = torch.addcmul(c * c, gap.int(), gap.int())  # [H, w]
     d2 = x * x
-    step = 2 ** 17 // len(c) + 1                                       # a block fits the cache
+    step = 2**17 // len(c) + 1  # a block fits the cache
     for block in (slice(i, i + step) for i in range(0, len(x), step)):
-        costs = curve.index_select(0, y[block])                        # [step, w]
-        d2[block] += costs.addcmul_(x[block, None], c, value=-2).amin(1)       # curve - 2xc
+        costs = curve.index_select(0, y[block])  # [step, w]
+        d2[block] += costs.addcmul_(x[block, None], c, value=-2).amin(1)  # curve - 2xc
     return d2
 
 

@@ -3,7 +3,7 @@
     python -m data.panoptic_shapes DIR           # DIR/COCO: 120 scenes of train2017, 30 of val2017
     python -m data.relabel --data-root DIR       # choose the salient objects by hand
 
-The photos are scenes of common/shapes.py, cut to 4:3, 3:4 or 1:1, with their captions. Their
+The photos are scenes of data/shapes.py, cut to 4:3, 3:4 or 1:1, with their captions. Their
 objects are things, their textures are stuff, and a seam of void runs around every thing, as in
 COCO. What is not salient comes in four kinds, painted in faded colours of the background:
 
@@ -14,6 +14,7 @@ COCO. What is not salient comes in four kinds, painted in faded colours of the b
 
 COCO/annotations/salient_<split>.json, which COCO lacks, lists the salient objects' ids per photo.
 """
+
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,20 +22,45 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from common.panoptic import encode_ids
 from common.runtime import cli, progress, save_json, save_png, write_atomic
-from common.shapes import BACKGROUNDS, CLASSES, Shapes, blend, coverage, outline, rgb
+from data.panoptic import encode_ids
+from data.shapes import BACKGROUNDS, CLASSES, Shapes, blend, coverage, outline, rgb
 
 SPLITS = {"train2017": ("train", 0), "val2017": ("test", 500_000)}  # shapes' split, first id
 SIDE = 320
 THINGS = (*CLASSES, "pebble")
-TINTS = dict(zip((*THINGS, *BACKGROUNDS), (
-    (220, 20, 60), (0, 60, 200), (0, 160, 90), (250, 170, 30), (150, 60, 190), (0, 200, 220),
-    (255, 90, 180), (240, 230, 40), (130, 110, 90), (100, 130, 160), (140, 150, 100),
-    (170, 120, 130), (90, 90, 110), (190, 180, 150), (70, 120, 80))))
-CATEGORIES = [{"supercategory": "shape" if name in THINGS else "ground", "color": list(tint),
-               "isthing": int(name in THINGS), "id": 2 * i + 1, "name": name}  # COCO's have gaps
-              for i, (name, tint) in enumerate(TINTS.items())]
+TINTS = dict(
+    zip(
+        (*THINGS, *BACKGROUNDS),
+        (
+            (220, 20, 60),
+            (0, 60, 200),
+            (0, 160, 90),
+            (250, 170, 30),
+            (150, 60, 190),
+            (0, 200, 220),
+            (255, 90, 180),
+            (240, 230, 40),
+            (130, 110, 90),
+            (100, 130, 160),
+            (140, 150, 100),
+            (170, 120, 130),
+            (90, 90, 110),
+            (190, 180, 150),
+            (70, 120, 80),
+        ),
+    )
+)
+CATEGORIES = [
+    {
+        "supercategory": "shape" if name in THINGS else "ground",
+        "color": list(tint),
+        "isthing": int(name in THINGS),
+        "id": 2 * i + 1,
+        "name": name,
+    }  # COCO's have gaps
+    for i, (name, tint) in enumerate(TINTS.items())
+]
 NUMBER = {category["name"]: category["id"] for category in CATEGORIES}
 
 
@@ -53,12 +79,13 @@ def place(rng: np.random.Generator, kind: str, share: float, free: np.ndarray) -
             return found
 
 
-def clutter(rng: np.random.Generator, kinds: list[str],
-            free: np.ndarray) -> Iterator[tuple[str, bool, np.ndarray]]:
+def clutter(
+    rng: np.random.Generator, kinds: list[str], free: np.ndarray
+) -> Iterator[tuple[str, bool, np.ndarray]]:
     """What is not salient beside objects of the classes `kinds`: (category, crowd, coverage)."""
     wanted = [("pebble", rng.uniform(0.006, 0.02), 1) for _ in range(rng.integers(1, 5))]
-    wanted += [(str(rng.choice(kinds)), 0.003, 1)] * int(rng.random() < 0.4)           # a twin
-    wanted += [(str(rng.choice(kinds)), 0.002, 9)] * int(rng.random() < 0.4)           # a crowd
+    wanted += [(str(rng.choice(kinds)), 0.003, 1)] * int(rng.random() < 0.4)  # a twin
+    wanted += [(str(rng.choice(kinds)), 0.002, 9)] * int(rng.random() < 0.4)  # a crowd
     for category, share, count in wanted:
         crowd = np.zeros_like(free, np.float32)
         for _ in range(count):
@@ -95,8 +122,9 @@ def draw_scene(scenes: Shapes, index: int, seed: int) -> tuple[np.ndarray, list,
     inside[rows, columns] = True
     layers = [(one["class"], False, True, one["mask"]) for one in objects]
     faded = image[:, inside & ~covered].mean(1)
-    for category, crowd, share in clutter(rng, [one["class"] for one in objects],
-                                          inside & ~covered):
+    for category, crowd, share in clutter(
+        rng, [one["class"] for one in objects], inside & ~covered
+    ):
         tint = rgb(*(faded + rng.uniform(-35, 35)).clip(0, 255))
         image = blend(image, tint, 0.6 * share)
         layers.append((category, crowd, False, share >= 0.5))
@@ -120,8 +148,15 @@ def annotate(layers: list, rng: np.random.Generator) -> tuple[np.ndarray, list[d
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
         ids[mask] = new
-        infos.append({"id": new, "category_id": NUMBER[category], "iscrowd": int(crowd),
-                      "bbox": [*map(int, box)], "area": int(mask.sum())})
+        infos.append(
+            {
+                "id": new,
+                "category_id": NUMBER[category],
+                "iscrowd": int(crowd),
+                "bbox": [*map(int, box)],
+                "area": int(mask.sum()),
+            }
+        )
         salient += [new] * is_salient
     return ids, infos, salient
 
@@ -136,27 +171,40 @@ def write_split(root: Path, split: str, count: int, seed: int) -> None:
         stem = f"{number:012d}"
         photo, layers, texts = draw_scene(scenes, index, seed)
         ids, infos, salient[stem] = annotate(layers, np.random.default_rng((seed, number)))
-        write_atomic(root / split / f"{stem}.jpg", lambda part, pixels=photo:
-                     Image.fromarray(pixels).save(part, "JPEG", quality=92))
+        write_atomic(
+            root / split / f"{stem}.jpg",
+            lambda part, pixels=photo: Image.fromarray(pixels).save(part, "JPEG", quality=92),
+        )
         save_png(root / "annotations" / f"panoptic_{split}" / f"{stem}.png", encode_ids(ids))
-        images.append({"license": 0, "file_name": f"{stem}.jpg", "height": photo.shape[0],
-                       "width": photo.shape[1], "id": number})
-        annotations.append({"segments_info": infos, "file_name": f"{stem}.png",
-                            "image_id": number})
-        captions += [{"image_id": number, "id": 10 * number + k, "caption": text}
-                     for k, text in enumerate(texts)]
+        images.append(
+            {
+                "license": 0,
+                "file_name": f"{stem}.jpg",
+                "height": photo.shape[0],
+                "width": photo.shape[1],
+                "id": number,
+            }
+        )
+        annotations.append({"segments_info": infos, "file_name": f"{stem}.png", "image_id": number})
+        captions += [
+            {"image_id": number, "id": 10 * number + k, "caption": text}
+            for k, text in enumerate(texts)
+        ]
     info = {"info": {"description": "shapes in COCO's formats"}, "licenses": [], "images": images}
     folder = root / "annotations"
-    save_json(folder / f"panoptic_{split}.json",
-              info | {"annotations": annotations, "categories": CATEGORIES})
+    save_json(
+        folder / f"panoptic_{split}.json",
+        info | {"annotations": annotations, "categories": CATEGORIES},
+    )
     save_json(folder / f"captions_{split}.json", info | {"annotations": captions})
     save_json(folder / f"salient_{split}.json", salient)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write DIR/COCO with the splits train2017 and val2017."""
-    parser = argparse.ArgumentParser(prog="python -m data.panoptic_shapes",
-                                     description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data.panoptic_shapes", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a data root")
     parser.add_argument("--count", type=int, default=120, help="scenes of train2017 [120]")
     parser.add_argument("--seed", type=int, default=0)

@@ -12,7 +12,7 @@ makes such masks, by hand in a small page or by a vote of the captions:
     python -m data.panoptic_shapes DIR            a tiny set to try it on: add --data-root DIR
     python sdg_sod.py --stage sod --data COCO-SOD     train on whatever is labelled
 
-    <data root>/COCO/                       as COCO's archives come, see common/panoptic.py
+    <data root>/COCO/                       as COCO's archives come, see data/panoptic.py
     .../COCO/sod/choices/<split>/<stem>.json        chosen ids, and who chose: hand or vote
     .../COCO/sod/masks/<split>/<stem>.png           their union, 0 or 255
     .../COCO/sod/vote-<split>.jsonl, .png           reasons; random results to judge by eye
@@ -33,6 +33,7 @@ segments, as in the tiny set, it is scored. Its rules are ours, the paper has no
    reaches a third of the best score;
  6 an image is kept if the union covers 1 to 70 % of it and touches three borders at most.
 """
+
 import argparse
 import json
 import math
@@ -47,18 +48,27 @@ import numpy as np
 import torch
 
 from common.datasets import load_grey, load_image, read_captions, read_list
-from common.panoptic import Panoptic, Segment
-from common.runtime import (UserError, cli, generator, parallel_map, picture_strip, progress,
-                            save_json, save_png, save_text)
+from common.runtime import (
+    UserError,
+    cli,
+    generator,
+    parallel_map,
+    picture_strip,
+    progress,
+    save_json,
+    save_png,
+    save_text,
+)
+from data.panoptic import Panoptic, Segment
 
 HERE = Path(__file__).parent
 PAGE, WORDS = HERE / "relabel.html", HERE / "coco_words.txt"
-MENTIONS = 2                     # rule 1
-SMALL, KIN = 0.005, 0.2          # rule 3
-AGREEMENT = 0.5                  # rule 4
-CUT = 1 / 3                      # rule 5; 1 / 2 misses every tenth object of the tiny set
+MENTIONS = 2  # rule 1
+SMALL, KIN = 0.005, 0.2  # rule 3
+AGREEMENT = 0.5  # rule 4
+CUT = 1 / 3  # rule 5; 1 / 2 misses every tenth object of the tiny set
 UNION, BORDERS = (0.01, 0.7), 3  # rule 6
-BODY = 100_000                   # bytes that the page may send at once
+BODY = 100_000  # bytes that the page may send at once
 
 
 # ---- Choices on the disk -------------------------------------------------------------------------
@@ -93,11 +103,15 @@ class Choices:
             if found["by"] not in ("hand", "vote"):
                 raise ValueError("by is neither hand nor vote")
             chosen = self.known(self.index[name], found["chosen"])
-            return {"chosen": chosen, "skipped": bool(found["skipped"]) and not chosen,
-                    "by": found["by"]}
+            return {
+                "chosen": chosen,
+                "skipped": bool(found["skipped"]) and not chosen,
+                "by": found["by"],
+            }
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is not a choice of segments ({error}); correct or remove it"
-                            ) from None
+            raise UserError(
+                f"{path} is not a choice of segments ({error}); correct or remove it"
+            ) from None
 
     def known(self, i: int, chosen: list[int]) -> list[int]:
         """`chosen`, sorted; raises `ValueError` if it is no list of ids of image `i`."""
@@ -139,16 +153,19 @@ class Choices:
 
     def counts(self) -> dict[str, int]:
         """Images labelled by hand, labelled by vote, skipped, and all."""
-        kinds = Counter("skipped" if choice["skipped"] else choice["by"]
-                        for choice in self.made.values())
+        kinds = Counter(
+            "skipped" if choice["skipped"] else choice["by"] for choice in self.made.values()
+        )
         return {kind: kinds[kind] for kind in ("hand", "vote", "skipped")} | {
-            "count": len(self.scenes)}
+            "count": len(self.scenes)
+        }
 
     def undone(self, i: int) -> int:
         """The next image after `i`, from the start again, that no person has seen to; else `i`."""
         count = len(self.scenes)
-        return next((j % count for j in range(i + 1, i + count)
-                     if self.get(j % count)["by"] != "hand"), i)
+        return next(
+            (j % count for j in range(i + 1, i + count) if self.get(j % count)["by"] != "hand"), i
+        )
 
 
 # ---- Caption vote --------------------------------------------------------------------------------
@@ -179,8 +196,7 @@ def read_words(scenes: Panoptic) -> dict[str, set[str]]:
     for phrase, name in listed:
         said.setdefault(phrase, set()).add(name)
         made.setdefault(plural(phrase), set()).add(name)
-    return (dict.fromkeys(map(plural, nothing), none) | made | said
-            | dict.fromkeys(nothing, none))
+    return dict.fromkeys(map(plural, nothing), none) | made | said | dict.fromkeys(nothing, none)
 
 
 def mentioned(caption: str, words: dict[str, set[str]]) -> set[str]:
@@ -188,7 +204,7 @@ def mentioned(caption: str, words: dict[str, set[str]]) -> set[str]:
     tokens, found, i = re.findall("[a-z]+", caption.lower()), set(), 0
     while i < len(tokens):
         for length in (3, 2, 1):
-            phrase = " ".join(tokens[i:i + length])
+            phrase = " ".join(tokens[i : i + length])
             if phrase in words:
                 found |= words[phrase]
                 break
@@ -212,12 +228,18 @@ def score(segment: Segment, votes: int, size: tuple[int, int]) -> float:
 def carries(table: Segment, others: list[Segment]) -> bool:
     """Does the centre of another's box lie in the table's box?"""
     left, top, width, height = table.box
-    return any(0 <= x + w / 2 - left <= width and 0 <= y + h / 2 - top <= height
-               for x, y, w, h in (other.box for other in others))
+    return any(
+        0 <= x + w / 2 - left <= width and 0 <= y + h / 2 - top <= height
+        for x, y, w, h in (other.box for other in others)
+    )
 
 
-def judge(segments: list[Segment], votes: Counter, size: tuple[int, int],
-          agreement: list[float] | None = None) -> list[str]:
+def judge(
+    segments: list[Segment],
+    votes: Counter,
+    size: tuple[int, int],
+    agreement: list[float] | None = None,
+) -> list[str]:
     """The verdict on every segment by rules 1 to 5: "chosen", or the first rule that it fails."""
     total, verdicts = size[0] * size[1], ["chosen"] * len(segments)
 
@@ -233,8 +255,13 @@ def judge(segments: list[Segment], votes: Counter, size: tuple[int, int],
     strike("crowd", lambda s: s.crowd)
     strike("small", lambda s: s.area < SMALL * total)
     rest = left()
-    strike("carries others", lambda s: s.category == "dining table"
-           and carries(s, [other for other in rest if other.category != "dining table"]))
+    strike(
+        "carries others",
+        lambda s: (
+            s.category == "dining table"
+            and carries(s, [other for other in rest if other.category != "dining table"])
+        ),
+    )
     largest = {}
     for s in left():
         largest[s.category] = max(s.area, largest.get(s.category, 0))
@@ -253,8 +280,12 @@ def verdict_on_image(chosen: list[Segment], size: tuple[int, int]) -> str:
         return "nothing chosen"
     share = sum(segment.area for segment in chosen) / (size[0] * size[1])
     left, top, width, height = np.array([segment.box for segment in chosen]).T
-    touched = [(left <= 0).any(), (top <= 0).any(), (left + width >= size[1]).any(),
-               (top + height >= size[0]).any()]
+    touched = [
+        (left <= 0).any(),
+        (top <= 0).any(),
+        (left + width >= size[1]).any(),
+        (top + height >= size[0]).any(),
+    ]
     if not UNION[0] <= share <= UNION[1]:
         return "too small" if share < UNION[0] else "too large"
     return "kept" if sum(touched) <= BORDERS else "touches all borders"
@@ -265,8 +296,10 @@ def mean_saliency(scenes: Panoptic, i: int, maps: Path) -> list[float]:
     labels, path = scenes.labels(i).astype(np.int64).ravel(), maps / f"{scenes.names[i]}.png"
     saliency = np.asarray(load_grey(path), np.float64)
     if saliency.shape != scenes.size(i):
-        raise UserError(f"{path} is {saliency.shape[1]} x {saliency.shape[0]} pixels, but its "
-                        "photo is not; maps are wanted as --predict writes them")
+        raise UserError(
+            f"{path} is {saliency.shape[1]} x {saliency.shape[0]} pixels, but its "
+            "photo is not; maps are wanted as --predict writes them"
+        )
     totals = np.bincount(labels, saliency.ravel())
     return (totals / np.maximum(np.bincount(labels), 1) / 255)[1:].tolist()
 
@@ -288,21 +321,35 @@ def run_vote(choices: Choices, maps: Path | None, seed: int) -> None:
         chosen = [s for s, verdict in zip(segments, verdicts) if verdict == "chosen"]
         image = verdict_on_image(chosen, size)
         choices.save(i, [s.id for s in chosen] if image == "kept" else [], by="vote")
-        return {"name": name, "verdict": image, "segments": [
-            {"id": s.id, "category": s.category, "votes": votes[s.category],
-             "score": round(score(s, votes[s.category], size), 4), "verdict": verdict}
-            for s, verdict in zip(segments, verdicts)]}
+        return {
+            "name": name,
+            "verdict": image,
+            "segments": [
+                {
+                    "id": s.id,
+                    "category": s.category,
+                    "votes": votes[s.category],
+                    "score": round(score(s, votes[s.category], size), 4),
+                    "verdict": verdict,
+                }
+                for s, verdict in zip(segments, verdicts)
+            ],
+        }
 
     if not captions.keys() & set(scenes.names):
-        raise UserError(f"{scenes.root} holds no captions of {scenes.split}; unpack COCO's "
-                        f"captions_{scenes.split}.json into {scenes.root / 'annotations'}")
+        raise UserError(
+            f"{scenes.root} holds no captions of {scenes.split}; unpack COCO's "
+            f"captions_{scenes.split}.json into {scenes.root / 'annotations'}"
+        )
     records = list(progress(parallel_map(vote, range(len(scenes))), "vote", len(scenes)))
     log = scenes.root / "sod" / f"vote-{scenes.split}.jsonl"
     known = scenes.root / "annotations" / f"salient_{scenes.split}.json"
     lines = "".join(json.dumps(record) + "\n" for record in records)
     save_text(log, lines)
-    for what, items in (("images", records),
-                        ("segments", [s for record in records for s in record["segments"]])):
+    for what, items in (
+        ("images", records),
+        ("segments", [s for record in records for s in record["segments"]]),
+    ):
         counts = Counter(item["verdict"] for item in items).most_common()
         print(f"{what}: " + ", ".join(f"{count} {verdict}" for verdict, count in counts))
     if known.is_file():
@@ -311,8 +358,10 @@ def run_vote(choices: Choices, maps: Path | None, seed: int) -> None:
     if kept:
         order = torch.randperm(len(kept), generator=generator("cpu", seed, "contact sheet"))
         contact_sheet(choices, [kept[k] for k in order[:24]], log.with_suffix(".png"))
-    print(f"reasons: {log}" + f"; {min(len(kept), 24)} random results: {log.with_suffix('.png')}"
-          * bool(kept))
+    print(
+        f"reasons: {log}"
+        + f"; {min(len(kept), 24)} random results: {log.with_suffix('.png')}" * bool(kept)
+    )
 
 
 def compare(choices: Choices, known: dict[str, list[int]]) -> str:
@@ -327,19 +376,21 @@ def compare(choices: Choices, known: dict[str, list[int]]) -> str:
             hits = segment.id in chosen, segment.id in right, segment.id in chosen & right
             sums += np.outer(hits, (1, segment.area))
     (p1, p2), (r1, r2) = sums[2] / np.maximum(sums[:2], 1)
-    return (f"against the known salient objects: precision {p1:.3f}, recall {r1:.3f} of objects; "
-            f"precision {p2:.3f}, recall {r2:.3f} of pixels")
+    return (
+        f"against the known salient objects: precision {p1:.3f}, recall {r1:.3f} of objects; "
+        f"precision {p2:.3f}, recall {r2:.3f} of pixels"
+    )
 
 
 def contact_sheet(choices: Choices, indices: list[int], path: Path) -> None:
     """Save photos, three in a row, each beside itself with a background in dim blue."""
     cells, blue = [], torch.tensor([0, 0, 0.5]).view(3, 1, 1)
     for i in indices:
-        image = load_image(choices.scenes.photo(i)) / 255                # [3, H, W]
+        image = load_image(choices.scenes.photo(i)) / 255  # [3, H, W]
         mask = torch.from_numpy(choices.scenes.mask(i, choices.get(i)["chosen"])) / 255
         cells += [image, torch.where(mask > 0, image, 0.3 * image.mean(0, True) + blue)]
     cells += [torch.ones(3, 1, 1)] * (-len(cells) % 6)
-    picture_strip(path, [cells[k:k + 6] for k in range(0, len(cells), 6)])
+    picture_strip(path, [cells[k : k + 6] for k in range(0, len(cells), 6)])
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -359,6 +410,7 @@ class Server(ThreadingHTTPServer):
     stranger's name that resolves to 127.0.0.1) or from another origin (a stranger's page) are
     refused, and so is everything malformed or oversized.
     """
+
     daemon_threads = True
 
     def __init__(self, choices: Choices, port: int = 8000):
@@ -367,8 +419,9 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except (OSError, OverflowError) as error:
-            raise UserError(f"cannot listen on port {port} ({error}); choose another --port"
-                            ) from None
+            raise UserError(
+                f"cannot listen on port {port} ({error}); choose another --port"
+            ) from None
         self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
 
     def handle_error(self, request, client_address) -> None:
@@ -379,6 +432,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     """One connection of the `Server`."""
+
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds of silence after which a connection is given up
 
@@ -414,9 +468,12 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps(body).encode() if isinstance(body, dict) else body
         self.close_connection |= status != 200  # there may be an unread body
         self.send_response(status)
-        for name, value in (("Content-Type", kind), ("Content-Length", len(body)),
-                            ("Connection", "close" if self.close_connection else "keep-alive"),
-                            *HEADERS):
+        for name, value in (
+            ("Content-Type", kind),
+            ("Content-Length", len(body)),
+            ("Connection", "close" if self.close_connection else "keep-alive"),
+            *HEADERS,
+        ):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -427,20 +484,26 @@ class Handler(BaseHTTPRequestHandler):
         if place == "":
             return "text/html; charset=utf-8", PAGE.read_bytes()
         if place == "photo":
-            return "image/png" if scenes.photo(i).suffix == ".png" else "image/jpeg", \
-                scenes.photo(i).read_bytes()
+            return "image/png" if scenes.photo(i).suffix == ".png" else "image/jpeg", scenes.photo(
+                i
+            ).read_bytes()
         if place == "labels":
             return "application/octet-stream", scenes.labels(i).astype("<u2").tobytes()
         with self.server.lock:
             if place == "set":
                 return "application/json", choices.counts() | {
-                    "title": f"COCO {scenes.split}", "start": choices.start}
+                    "title": f"COCO {scenes.split}",
+                    "start": choices.start,
+                }
             if place == "undone":
                 return "application/json", {"index": choices.undone(i)}
             return "application/json", choices.get(i) | {
-                "index": i, "name": scenes.names[i], "size": scenes.size(i),
+                "index": i,
+                "name": scenes.names[i],
+                "size": scenes.size(i),
                 "captions": self.server.captions.get(scenes.names[i], []),
-                "segments": [segment._asdict() for segment in scenes.segments(i)]}
+                "segments": [segment._asdict() for segment in scenes.segments(i)],
+            }
 
     def store(self, place: str, i: int) -> tuple[str, dict]:
         """Store the choice that a POST request holds."""
@@ -464,26 +527,40 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(400, f"not a choice: {error}") from None
 
 
-HEADERS = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-           ("Cross-Origin-Resource-Policy", "same-origin"), ("Referrer-Policy", "no-referrer"),
-           ("Content-Security-Policy", "default-src 'none'; img-src 'self' data:; "
-            "connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-            "frame-ancestors 'none'")]
+HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Referrer-Policy", "no-referrer"),
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; img-src 'self' data:; "
+        "connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "frame-ancestors 'none'",
+    ),
+]
 
 
 # ---- Main ----------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until Ctrl-C, or let the captions vote."""
-    parser = argparse.ArgumentParser(prog="python -m data.relabel",
-                                     description=__doc__.split("\n")[0])
-    parser.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR",
-                        help="its folder COCO holds photos and annotations [data/]")
+    parser = argparse.ArgumentParser(
+        prog="python -m data.relabel", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="its folder COCO holds photos and annotations [data/]",
+    )
     parser.add_argument("--split", default="train2017", help="train2017, val2017, … [train2017]")
     parser.add_argument("--only", type=Path, metavar="LIST", help="a text file of stems")
     parser.add_argument("--port", type=int, default=8000, help="of the page; 0 is any [8000]")
     parser.add_argument("--auto", action="store_true", help="caption vote instead of the page")
-    parser.add_argument("--agree", type=Path, metavar="MAPS",
-                        help="rule 4: a folder of saliency maps, <stem>.png")
+    parser.add_argument(
+        "--agree", type=Path, metavar="MAPS", help="rule 4: a folder of saliency maps, <stem>.png"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random results to look at [0]")
     args = parser.parse_args(argv)
     only = read_list(args.only) if args.only else None
@@ -492,9 +569,12 @@ def main(argv: list[str] | None = None) -> None:
         return run_vote(choices, args.agree, args.seed)
     with Server(choices, args.port) as server:
         done = choices.counts()
-        print(f"{done['count']} images, {done['hand']} labelled by hand, {done['vote']} by vote, "
-              f"{done['skipped']} skipped; open http://127.0.0.1:{server.server_port}/\n"
-              "every choice is saved at once; Ctrl-C stops", flush=True)
+        print(
+            f"{done['count']} images, {done['hand']} labelled by hand, {done['vote']} by vote, "
+            f"{done['skipped']} skipped; open http://127.0.0.1:{server.server_port}/\n"
+            "every choice is saved at once; Ctrl-C stops",
+            flush=True,
+        )
         try:
             server.serve_forever()
         except KeyboardInterrupt:

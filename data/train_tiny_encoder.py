@@ -7,6 +7,7 @@ crops of built-in scenes, around their objects with a random margin and from bet
 into eight classes and "nothing". The scenes have another seed than those that the methods train and
 test on, and no mask is used.
 """
+
 import argparse
 
 import torch
@@ -17,7 +18,7 @@ from torchvision.ops import roi_align
 from common import runtime
 from common.backbones import TINY_WEIGHTS, backbone
 from common.bank import Bank, batches, epoch_order
-from common.shapes import CLASSES, Shapes
+from data.shapes import CLASSES, Shapes
 
 BATCH, SIDE, RATE = 64, 64, 4e-3
 
@@ -29,8 +30,10 @@ def collect(scenes: Shapes, random: torch.Generator) -> tuple[Tensor, Tensor, Te
         objects = scenes.objects(i)
         found += [(i, one["box"], CLASSES.index(one["class"])) for one in objects]
         x, y = (torch.rand(2, generator=random) * (scenes.size - 40)).int().tolist()
-        if not any(x < r and l < x + 40 and y < b and t < y + 40
-                   for l, t, r, b in (one["box"] for one in objects)):
+        if not any(
+            x < right and left < x + 40 and y < bottom and top < y + 40
+            for left, top, right, bottom in (one["box"] for one in objects)
+        ):
             found.append((i, (x, y, x + 40, y + 40), len(CLASSES)))
     scene, box, kind = zip(*found)
     return torch.tensor(scene), torch.tensor(box).float(), torch.tensor(kind)
@@ -64,14 +67,15 @@ def main(argv: list[str] | None = None) -> None:
     head = nn.Linear(encoder.channels[-1], len(CLASSES) + 1)
     optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, RATE, epochs=args.epochs, steps_per_epoch=len(kind) // BATCH, pct_start=0.15)
+        optimiser, RATE, epochs=args.epochs, steps_per_epoch=len(kind) // BATCH, pct_start=0.15
+    )
     for epoch in range(1, args.epochs + 1):
         order, batch = epoch_order(len(kind), BATCH, args.seed, epoch)
         encoder.train()
         for index, flip in batches(order, batch, args.seed, epoch):
             crops = crop(bank.images(scene[index]), box[index], random)
             crops = torch.where(flip.view(-1, 1, 1, 1), crops.flip(3), crops)
-            logits = head(encoder(crops)[-1].mean((2, 3)))               # [B, 9]
+            logits = head(encoder(crops)[-1].mean((2, 3)))  # [B, 9]
             loss = F.cross_entropy(logits, kind[index], label_smoothing=0.05)
             optimiser.zero_grad()
             loss.backward()
@@ -81,10 +85,13 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             crops = crop(test_bank.images(test_scene), test_box, random)
             right = (head(encoder(crops)[-1].mean((2, 3))).argmax(1) == test_kind).float().mean()
-        print(f"epoch {epoch}: loss {loss.item():.3f}, {right:.1%} of unseen crops right",
-              flush=True)
-    state = {key: value.half() if value.is_floating_point() else value
-             for key, value in encoder.state_dict().items()}
+        print(
+            f"epoch {epoch}: loss {loss.item():.3f}, {right:.1%} of unseen crops right", flush=True
+        )
+    state = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in encoder.state_dict().items()
+    }
     runtime.write_atomic(args.out, lambda part: torch.save(state, part))
 
 

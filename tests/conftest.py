@@ -1,4 +1,5 @@
 """Tests run from the repository's root, on one thread, without network, data sets or a GPU."""
+
 import sys
 from pathlib import Path
 

@@ -4,6 +4,7 @@ The released networks were filled with `weights(key, shape)` for each of their s
 run on `photos(...)`; a sample of what came out lies in tests/reference/. A network of ours that
 gives the same numbers is the same function: the authors' checkpoints load and give their maps.
 """
+
 import json
 import math
 import zlib
@@ -32,7 +33,7 @@ def weights(key: str, shape: list[int], he: tuple[str, ...] = ()) -> torch.Tenso
         return torch.zeros(shape, dtype=torch.int64)
     if key.endswith("running_var"):
         value = 1 + 0.5 * u
-    elif key.endswith("gamma"):                       # the scalars of CLASS's attention
+    elif key.endswith("gamma"):  # the scalars of CLASS's attention
         value = np.full(count, 0.5)
     elif key.endswith(("running_mean", "bias")):
         value = 0.1 * v

@@ -1,4 +1,5 @@
 """a2s.py by hand: losses, boundaries, thresholds, schedules against numbers worked out on paper."""
+
 import math
 from argparse import Namespace
 
@@ -20,10 +21,10 @@ LOGIT_08 = math.log(4)  # sigmoid is 0.8, so D = 0.3
 
 # ---- Losses --------------------------------------------------------------------------------------
 def test_adb_loss_by_hand():
-    theta = column(LOGIT_08, -LOGIT_08, 0.0, 100.0)                       # D = 0.3 0.3 0 0.5
+    theta = column(LOGIT_08, -LOGIT_08, 0.0, 100.0)  # D = 0.3 0.3 0 0.5
     assert a2s.adb_loss(theta, 0.1).item() == pytest.approx(-(0.09 * 2 + 0.25 + 0.1 * 1.1) / 4)
     assert a2s.adb_loss(theta, 0.0).item() == pytest.approx(-(0.09 * 2 + 0.25) / 4)
-    keep = column(2.0, 0.0, 2.0, 0.0)                                     # two of four kept
+    keep = column(2.0, 0.0, 2.0, 0.0)  # two of four kept
     assert a2s.adb_loss(theta, 0.1, keep).item() == pytest.approx(-(0.09 + 0.03) / 2)
 
 
@@ -32,7 +33,7 @@ def test_adb_loss_does_not_know_the_sign_and_pushes_away_from_zero():
     loss = a2s.adb_loss(theta, 0.1)
     assert a2s.adb_loss(-theta, 0.1).item() == pytest.approx(loss.item())
     loss.backward()
-    assert (theta.grad.sign() == -theta.detach().sign()).all()            # descent enlarges |theta|
+    assert (theta.grad.sign() == -theta.detach().sign()).all()  # descent enlarges |theta|
 
 
 def test_alpha_keeps_the_gradient_of_hard_pixels_alive():
@@ -45,13 +46,13 @@ def test_alpha_keeps_the_gradient_of_hard_pixels_alive():
 
 def test_iou_loss_by_hand():
     p, g = column(0.5, 1.0, 0.0), column(1.0, 1.0, 0.0)
-    assert a2s.iou_loss(p, g).item() == pytest.approx(1 - 1.5 / 2)        # 1.5 shared of 2 united
+    assert a2s.iou_loss(p, g).item() == pytest.approx(1 - 1.5 / 2)  # 1.5 shared of 2 united
 
 
 def test_ssim_loss_of_flat_maps_by_hand():
     """Far from the zero-padded border only the luminance term differs from 1."""
     p, g = torch.full((1, 1, 200, 200), 0.2), torch.full((1, 1, 200, 200), 0.6)
-    luminance = (2 * 0.2 * 0.6 + 1e-4) / (0.2 ** 2 + 0.6 ** 2 + 1e-4)     # 0.6001
+    luminance = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)  # 0.6001
     assert 1 - a2s.ssim_loss(p, g).item() == pytest.approx(luminance, abs=0.03)
     assert a2s.ssim_loss(g, g).item() == pytest.approx(0, abs=1e-6)
 
@@ -68,9 +69,9 @@ def test_detector_loss_is_the_sum_of_its_terms_and_binarises_the_label():
 # ---- Sign, thresholds, boundaries ----------------------------------------------------------------
 def test_sign_takes_the_smaller_side_for_the_object():
     theta = torch.cat([column(1, 1, 1, -1), column(1, -1, -1, -1), column(1, 1, -1, -1)])
-    assert a2s.foreground_sign(theta).flatten().tolist() == [-1, 1, 1]    # a tie is +1 (Eq. 5)
+    assert a2s.foreground_sign(theta).flatten().tolist() == [-1, 1, 1]  # a tie is +1 (Eq. 5)
     assert a2s.foreground_sign(theta, released=True).flatten().tolist() == [-1, 1, 0]  # D5
-    assert a2s.foreground_sign(column(0, 0, 0, -1)).item() == -1          # theta = 0 belongs to S1
+    assert a2s.foreground_sign(column(0, 0, 0, -1)).item() == -1  # theta = 0 belongs to S1
 
 
 def test_otsu_against_brute_force():
@@ -81,13 +82,14 @@ def test_otsu_against_brute_force():
         def v(t):
             low, high = x[x < t], x[x >= t]
             return len(low) * len(high) * (low.mean() - high.mean()) ** 2
+
         best = max(x.sort().values[1:], key=v)
         assert found.item() == pytest.approx(best.item())
 
 
 def test_between_variance_by_hand():
     v = a2s.between_variance(column(0.0, 0.0, 2.0, 4.0, 3.0), column(1.0))  # means 0 and 3
-    assert v.item() == pytest.approx(0.4 * 0.6 * 3 ** 2)
+    assert v.item() == pytest.approx(0.4 * 0.6 * 3**2)
 
 
 def test_otsu_has_the_greatest_between_variance():
@@ -109,11 +111,12 @@ def test_decision_boundaries_by_hand():
         if kind == "DB1":
             boundary.running_mean += torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
         return boundary(f).flatten().tolist()
-    assert theta("DB1") == [2, 8]                                         # sum of f, less 1
+
+    assert theta("DB1") == [2, 8]  # sum of f, less 1
     assert theta("DB2") == [2 * 1 + 4 * 2, 2 * 3 + 4 * 6]
     assert theta("DB3") == [2 * -1 + 4 * -2, 2 * 1 + 4 * 2]
     assert theta("DB4") == [2 * -1 - -2, 2 * 1 - 2]
-    assert theta("DB5") == [-3, 3]                                        # M = 3, 9 less 6
+    assert theta("DB5") == [-3, 3]  # M = 3, 9 less 6
     assert theta("DB5", threshold="median") == [0, 6]
     assert theta("DB5", threshold="otsu") == [-6, 0]
 
@@ -174,13 +177,16 @@ def flags(**given) -> Namespace:
 def test_schedule_of_paper_and_released_code():
     args = flags()
     assert [a2s.rate(1, e, args) for e in (1, 9, 10, 15, 16, 20)] == pytest.approx(
-        [1, 1, 0.1, 0.1, 0.01, 0.01])
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
     assert [a2s.rate(2, e, args) for e in (1, 14, 15, 19, 20, 25)] == pytest.approx(
-        [5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5])
-    args.released = True                                                  # D1
+        [5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5]
+    )
+    args.released = True  # D1
     assert [a2s.rate(1, e, args) for e in (11, 12, 15, 16)] == pytest.approx([1, 0.1, 0.1, 0.01])
     assert [a2s.rate(1, e, flags(epochs=10)) for e in (4, 5, 7, 8)] == pytest.approx(
-        [1, 0.1, 0.1, 0.01])                                              # squeezed
+        [1, 0.1, 0.1, 0.01]
+    )  # squeezed
 
 
 def test_pseudo_label_is_binary_crisp_and_follows_the_image():
@@ -188,12 +194,12 @@ def test_pseudo_label_is_binary_crisp_and_follows_the_image():
     image = torch.full((1, 3, 64, 64), 0.2)
     image[..., 20:44, 20:44] = 0.8
     yy, xx = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    theta = 3 - ((yy - 29).abs().maximum((xx - 29).abs()))[None, None] / 4   # off by three pixels
+    theta = 3 - ((yy - 29).abs().maximum((xx - 29).abs()))[None, None] / 4  # off by three pixels
     truth = image[:, :1] > 0.5
     for unary in ("soft", "hard"):
         label = a2s.refine(image, theta, flags(unary=unary))
         assert set(label.unique().tolist()) == {0.0, 1.0}
-        assert (label > 0.5).logical_xor(truth).float().mean() < 0.01     # corners, by the median
+        assert (label > 0.5).logical_xor(truth).float().mean() < 0.01  # corners, by the median
         assert (theta > 0).logical_xor(truth).float().mean() > 0.04
 
 

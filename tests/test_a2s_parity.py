@@ -1,10 +1,11 @@
 """a2s.py --released computes what the authors' released code computes."""
+
 import pytest
+import recipe
 import torch
 import torch.nn.functional as F
 
 import a2s
-import recipe
 from common.backbones import backbone
 from common.runtime import load_state
 
@@ -38,8 +39,11 @@ def test_stage_1_maps_equal_the_released_network(photos, prefix):
 def test_the_paper_s_stage_1_equals_the_released_one_without_d4(photos):
     """Without the classifier's column sum (D4) the default network is the same function."""
     description, _ = recipe.reference("a2s_v1_stage1")
-    state = {key: recipe.weights(key, shape) for key, shape in description["keys"]
-             if not key.startswith("encoder.fc.")}
+    state = {
+        key: recipe.weights(key, shape)
+        for key, shape in description["keys"]
+        if not key.startswith("encoder.fc.")
+    }
     net = a2s.ActivationNet(backbone("resnet50", "none"))
     load_state(net, a2s.from_released(state), "recipe")
     assert recipe.error("a2s_v1_stage1", "nofc_final", net.eval()(photos)[0]) < 2e-5
@@ -59,8 +63,8 @@ def test_parameter_counts_equal_table_7():
     stage1 = a2s.ActivationNet(backbone("resnet50", "none"))
     assert count(stage1) - count(stage1.encoder) == 2_192_384
     with_fc = backbone("resnet50", "none", keep_fc=True)
-    assert count(a2s.Detector(with_fc)) == 28_397_864                     # the paper's 28.40 M
-    assert count(a2s.Detector(with_fc, attention=False)) == 28_250_152    # the paper's 28.25 M
+    assert count(a2s.Detector(with_fc)) == 28_397_864  # the paper's 28.40 M
+    assert count(a2s.Detector(with_fc, attention=False)) == 28_250_152  # the paper's 28.25 M
 
 
 SHAPES = [(2, 1, 96, 128), (2, 1, 12, 16), (2, 1, 6, 8), (2, 1, 3, 4)]
@@ -85,9 +89,11 @@ def test_adb_loss_and_gradient_equal_the_released_loss(drop):
 def test_detector_losses_and_gradients_equal_the_released_ones():
     scalars = recipe.reference("loss_a2s_v1")[0]["scalars"]
     g = (recipe.disk((2, 1, 48, 64)) > 0.5).float()
-    terms = {"bce": F.binary_cross_entropy_with_logits,
-             "ssim": lambda y, g: a2s.ssim_loss(torch.sigmoid(y), g),
-             "iou": lambda y, g: a2s.iou_loss(torch.sigmoid(y), g)}
+    terms = {
+        "bce": F.binary_cross_entropy_with_logits,
+        "ssim": lambda y, g: a2s.ssim_loss(torch.sigmoid(y), g),
+        "iou": lambda y, g: a2s.iou_loss(torch.sigmoid(y), g),
+    }
     for name, term in terms.items():
         y = recipe.logits("s2", (2, 1, 48, 64)).requires_grad_()
         loss = term(y, g)

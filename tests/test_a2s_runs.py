@@ -1,4 +1,5 @@
 """a2s.py as its users run it: every mode, every flag, interruption, two processes, bad input."""
+
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from PIL import Image
 
 import a2s
 from common.runtime import UserError
-from common.shapes import Shapes
+from data.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -33,15 +34,33 @@ def lists(tmp_path_factory):
 @pytest.fixture
 def flags(lists, tmp_path):
     """A small run: 16 scenes of 64 pixels, four steps per epoch."""
-    return ["--data", f"shapes@{lists}/train.txt", "--eval", f"shapes-test@{lists}/test.txt",
-            "--size", "64", "--batch-size", "4", "--epochs", "3", "--device", "cpu",
-            "--out", str(tmp_path / "run")]
+    return [
+        "--data",
+        f"shapes@{lists}/train.txt",
+        "--eval",
+        f"shapes-test@{lists}/test.txt",
+        "--size",
+        "64",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "3",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
 
 
 def command(*flags, launcher=()):
     """Run a2s.py as a program and return the finished process."""
-    return subprocess.run([sys.executable, *launcher, "a2s.py", *map(str, flags)], cwd=ROOT,
-                          env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *launcher, "a2s.py", *map(str, flags)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def last(folder: Path, stage: int) -> dict:
@@ -50,7 +69,8 @@ def last(folder: Path, stage: int) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     return all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"]) and (
-        a["labels"] is None or torch.equal(a["labels"], b["labels"]))
+        a["labels"] is None or torch.equal(a["labels"], b["labels"])
+    )
 
 
 # ---- Modes ---------------------------------------------------------------------------------------
@@ -81,8 +101,18 @@ def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
 
     # evaluation alone gives the same numbers
     again = tmp_path / "again"
-    done = command("--weights", run / "stage2" / "last.pt", "--data", "shapes", "--eval",
-                   f"shapes-test@{lists}/test.txt", "--out", again, "--device", "cpu")
+    done = command(
+        "--weights",
+        run / "stage2" / "last.pt",
+        "--data",
+        "shapes",
+        "--eval",
+        f"shapes-test@{lists}/test.txt",
+        "--out",
+        again,
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     name = list(results)[-1]
     assert json.loads((again / "stage2" / "eval.json").read_text())[name] == results[name]
@@ -92,19 +122,36 @@ def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
     photos.mkdir()
     for stem, size in (("wide", (90, 50)), ("tall", (33, 71))):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8)).save(
-            photos / f"{stem}.jpg")
+            photos / f"{stem}.jpg"
+        )
     done = command("--predict", photos, "--out", run, "--cutout", "--crf", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     made = Image.open(run / "predict" / "wide.png")
     cutout = Image.open(run / "predict" / "wide_cutout.png")
     assert made.size == (90, 50) and made.mode == "L" and cutout.mode == "RGBA"
     assert np.array_equal(np.asarray(cutout)[..., 3], np.asarray(made))
-    done = command("--predict", photos / "tall.jpg", "--weights", run / "stage2" / "last.pt",
-                   "--out", again, "--device", "cpu")
+    done = command(
+        "--predict",
+        photos / "tall.jpg",
+        "--weights",
+        run / "stage2" / "last.pt",
+        "--out",
+        again,
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0 and Image.open(again / "predict" / "tall.png").size == (33, 71)
     (again / "mine.pt").write_bytes((run / "stage2" / "last.pt").read_bytes())  # not in a stage2/
-    a2s.main(["--predict", str(photos / "wide.jpg"), "--weights", str(again / "mine.pt"),
-              "--device", "cpu"])
+    a2s.main(
+        [
+            "--predict",
+            str(photos / "wide.jpg"),
+            "--weights",
+            str(again / "mine.pt"),
+            "--device",
+            "cpu",
+        ]
+    )
     assert (again / "predict" / "wide.png").exists()
 
 
@@ -115,21 +162,53 @@ def test_dry_run_does_two_steps_of_everything(flags, tmp_path):
 
 
 # ---- Every flag does something -------------------------------------------------------------------
-STAGE_1 = [["--alpha", "0.3"], ["--aux", "0", "0", "0"], ["--drop", "0"], ["--train-encoder"],
-           ["--boundary", "DB1"], ["--boundary", "DB2"], ["--boundary", "DB3"],
-           ["--boundary", "DB4"], ["--threshold", "otsu"], ["--threshold", "median"],
-           ["--seed", "1"], ["--lr", "0.5"], ["--bn", "batch"], ["--pixels", "unit"],
-           ["--amp", "bf16"], ["--backbone-weights", "none"]]
-STAGE_2 = [["--detector", "conv"], ["--rectify", "off"], ["--rectify", "hma"], ["--lam", "0.8"],
-           ["--released"], ["--lr", "0.002"], ["--seed", "1"]]
+STAGE_1 = [
+    ["--alpha", "0.3"],
+    ["--aux", "0", "0", "0"],
+    ["--drop", "0"],
+    ["--train-encoder"],
+    ["--boundary", "DB1"],
+    ["--boundary", "DB2"],
+    ["--boundary", "DB3"],
+    ["--boundary", "DB4"],
+    ["--threshold", "otsu"],
+    ["--threshold", "median"],
+    ["--seed", "1"],
+    ["--lr", "0.5"],
+    ["--bn", "batch"],
+    ["--pixels", "unit"],
+    ["--amp", "bf16"],
+    ["--backbone-weights", "none"],
+]
+STAGE_2 = [
+    ["--detector", "conv"],
+    ["--rectify", "off"],
+    ["--rectify", "hma"],
+    ["--lam", "0.8"],
+    ["--released"],
+    ["--lr", "0.002"],
+    ["--seed", "1"],
+]
 
 
 @pytest.fixture(scope="module")
 def base(lists, tmp_path_factory):
     """A finished small run, and the flags that made it: what variants must differ from."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    flags = ["--data", f"shapes@{lists}/train.txt", "--eval", f"shapes-test@{lists}/test.txt",
-             "--size", "32", "--batch-size", "8", "--epochs", "3", "--device", "cpu"]
+    flags = [
+        "--data",
+        f"shapes@{lists}/train.txt",
+        "--eval",
+        f"shapes-test@{lists}/test.txt",
+        "--size",
+        "32",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "3",
+        "--device",
+        "cpu",
+    ]
     a2s.main([*flags, "--out", str(folder)])
     return folder, flags
 
@@ -141,8 +220,9 @@ def test_every_flag_of_stage_1_changes_the_result(base, tmp_path, monkeypatch):
     unchanged = []
     for i, extra in enumerate(STAGE_1):
         a2s.main([*flags, "--stage", "1", "--out", str(tmp_path / str(i)), *extra])
-        if last(tmp_path / str(i), 1)["model"].keys() == last(folder, 1)["model"].keys() \
-                and same(last(folder, 1), last(tmp_path / str(i), 1)):
+        if last(tmp_path / str(i), 1)["model"].keys() == last(folder, 1)["model"].keys() and same(
+            last(folder, 1), last(tmp_path / str(i), 1)
+        ):
             unchanged.append(extra)
     assert not unchanged
 
@@ -156,16 +236,19 @@ def test_every_flag_of_stage_2_changes_the_result(base, tmp_path, monkeypatch):
         out.mkdir()
         (out / "pseudo").symlink_to(folder / "pseudo")
         a2s.main([*flags, "--stage", "2", "--out", str(out), *extra])
-        if last(out, 2)["model"].keys() == last(folder, 2)["model"].keys() \
-                and same(last(folder, 2), last(out, 2)):
+        if last(out, 2)["model"].keys() == last(folder, 2)["model"].keys() and same(
+            last(folder, 2), last(out, 2)
+        ):
             unchanged.append(extra)
     assert not unchanged
 
 
 def test_labels_change_from_epoch_3_on_and_not_before(base, tmp_path):
     folder, flags = base
-    stored = [np.asarray(Image.open(p).resize((32, 32), Image.BILINEAR))
-              for p in sorted((folder / "pseudo").glob("*.png"))]
+    stored = [
+        np.asarray(Image.open(p).resize((32, 32), Image.BILINEAR))
+        for p in sorted((folder / "pseudo").glob("*.png"))
+    ]
     kept = {}
     for epochs in ("2", "3"):
         out = tmp_path / epochs
@@ -173,9 +256,9 @@ def test_labels_change_from_epoch_3_on_and_not_before(base, tmp_path):
         (out / "pseudo").symlink_to(folder / "pseudo")
         a2s.main([*flags, "--stage", "2", "--out", str(out), "--epochs", epochs])
         kept[epochs] = last(out, 2)["labels"][:, 0].numpy()
-    assert np.abs(kept["2"].astype(int) - np.stack(stored)).mean() < 2    # only resized
+    assert np.abs(kept["2"].astype(int) - np.stack(stored)).mean() < 2  # only resized
     changed = np.abs(kept["3"].astype(int) - kept["2"]).reshape(16, -1).max(1)
-    assert (changed > 50).all()                                           # all 16 in one epoch
+    assert (changed > 50).all()  # all 16 in one epoch
 
 
 # ---- Interruption --------------------------------------------------------------------------------
@@ -189,6 +272,7 @@ def test_two_and_two_epochs_equal_four_bit_for_bit(flags, tmp_path, monkeypatch,
         if (at, epoch) == (stage, 3):
             raise KeyboardInterrupt
         return train_epoch(at, net, optimiser, bank, labels, epoch, args)
+
     monkeypatch.setattr(a2s, "train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         a2s.main(flags)
@@ -204,15 +288,20 @@ def test_two_and_two_epochs_equal_four_bit_for_bit(flags, tmp_path, monkeypatch,
 def test_a_killed_run_resumes_to_the_same_weights(flags, tmp_path):
     flags = [*flags, "--stage", "1", "--epochs", "6"]
     assert command(*flags, "--out", tmp_path / "whole").returncode == 0
-    process = subprocess.Popen([sys.executable, "a2s.py", *flags], cwd=ROOT, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "a2s.py", *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log = tmp_path / "run" / "stage1" / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
         time.sleep(0.02)
-    time.sleep(np.random.default_rng().uniform(0, 0.4))                   # a random moment
+    time.sleep(np.random.default_rng().uniform(0, 0.4))  # a random moment
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "run" / "stage1" / "eval.json").exists()       # it was still training
+    assert not (tmp_path / "run" / "stage1" / "eval.json").exists()  # it was still training
     assert command(*flags, "--resume").returncode == 0
     assert same(last(tmp_path / "whole", 1), last(tmp_path / "run", 1))
 
@@ -224,8 +313,20 @@ def test_resuming_with_other_flags_is_refused(base, tmp_path):
     for stage in (1, 2):  # the sentence can be typed: one number, that of the stage
         epochs, lr = (last(folder, stage)["args"][flag] for flag in ("epochs", "lr"))
         with pytest.raises(UserError, match=f"with --epochs {epochs}, --lr {lr}: give"):
-            a2s.main([*flags, "--stage", str(stage), "--out", str(folder), "--resume",
-                      "--epochs", "9", "--lr", "0.3"])
+            a2s.main(
+                [
+                    *flags,
+                    "--stage",
+                    str(stage),
+                    "--out",
+                    str(folder),
+                    "--resume",
+                    "--epochs",
+                    "9",
+                    "--lr",
+                    "0.3",
+                ]
+            )
 
 
 def test_resuming_on_other_photos_is_refused(base, lists, tmp_path):
@@ -235,7 +336,7 @@ def test_resuming_on_other_photos_is_refused(base, lists, tmp_path):
     (tmp_path / "train.txt").write_text("\n".join([*names[1:], Shapes("train").names[40]]))
     flags = [f"shapes@{tmp_path}/train.txt" if "/train.txt" in flag else flag for flag in flags]
     saved = last(folder, 1)
-    saved["args"]["data"] = flags[flags.index("--data") + 1]              # the list was edited
+    saved["args"]["data"] = flags[flags.index("--data") + 1]  # the list was edited
     (tmp_path / "run" / "stage1").mkdir(parents=True)
     torch.save(saved, tmp_path / "run" / "stage1" / "last.pt")
     with pytest.raises(UserError, match=r"other photos, 16 \(\w{8}\) instead of 16 \(\w{8}\)"):
@@ -249,8 +350,18 @@ def test_a_photo_is_predicted_without_evaluation_sets(base, tmp_path, monkeypatc
     torch.save(saved, tmp_path / "last.pt")
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
     monkeypatch.setattr(a2s.harness, "present", lambda *_: pytest.fail("asked for sets"))
-    a2s.main(["--weights", str(tmp_path / "last.pt"), "--predict", str(tmp_path / "photo.png"),
-              "--device", "cpu", "--out", str(tmp_path)])
+    a2s.main(
+        [
+            "--weights",
+            str(tmp_path / "last.pt"),
+            "--predict",
+            str(tmp_path / "photo.png"),
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert Image.open(tmp_path / "predict" / "photo.png").size == (50, 40)
 
 
@@ -261,8 +372,10 @@ def test_the_unary_of_a_checkpoint_can_be_changed(base):
         assert args.unary == unary
 
 
-@pytest.mark.parametrize("flag, value", [("--lr", "-1"), ("--lr", "nan"), ("--lr", "fast"),
-                                         ("--seed", "9" * 20), ("--seed", "-1")])
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--lr", "-1"), ("--lr", "nan"), ("--lr", "fast"), ("--seed", "9" * 20), ("--seed", "-1")],
+)
 def test_numbers_that_cannot_be(flag, value, capsys):
     with pytest.raises(SystemExit):
         a2s.build_parser().parse_args([flag, value])
@@ -270,8 +383,12 @@ def test_numbers_that_cannot_be(flag, value, capsys):
 
 
 def test_built_in_shapes_are_told_from_folders_of_that_name():
-    for data, small in (("shapes", True), ("shapes@a.txt+shapes-depth@b.txt", True),
-                        ("shapes_photos", False), ("shapes+photos", False)):
+    for data, small in (
+        ("shapes", True),
+        ("shapes@a.txt+shapes-depth@b.txt", True),
+        ("shapes_photos", False),
+        ("shapes+photos", False),
+    ):
         assert a2s.harness.is_shapes(data) == small
 
 
@@ -289,8 +406,9 @@ def test_two_processes_equal_one_up_to_rounding(flags, tmp_path):
             other = two["model"][key]
             assert torch.allclose(value.float(), other.float(), rtol=1e-3, atol=1e-4), key
     assert (one["labels"].int() - two["labels"].int()).abs().float().mean() < 0.5
-    one, two = (json.loads((tmp_path / run / "stage2" / "eval.json").read_text())
-                for run in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / run / "stage2" / "eval.json").read_text()) for run in ("one", "two")
+    )
     for name, row in one.items():
         assert row == pytest.approx(two[name], abs=5e-3)
 
@@ -304,8 +422,16 @@ def refused(*flags) -> str:
 
 
 def test_stage_2_before_stage_1_prints_the_command(lists, tmp_path):
-    sentence = refused("--stage", "2", "--data", f"shapes@{lists}/train.txt", "--size", 32,
-                       "--out", tmp_path / "run")
+    sentence = refused(
+        "--stage",
+        "2",
+        "--data",
+        f"shapes@{lists}/train.txt",
+        "--size",
+        32,
+        "--out",
+        tmp_path / "run",
+    )
     assert "16 of 16 pseudo labels are missing" in sentence
     command = f"python a2s.py --stage 1 --data shapes@{lists}/train.txt --out {tmp_path}/run"
     assert command in sentence
@@ -319,8 +445,20 @@ def test_unknown_set_suggests_a_name():
 def test_broken_photos_are_named(tmp_path, content):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "photo.jpg").write_bytes(content)
-    sentence = refused("--data", tmp_path, "--backbone", "tiny", "--stage", "1", "--size", 32,
-                       "--epochs", 1, "--out", tmp_path / "run")
+    sentence = refused(
+        "--data",
+        tmp_path,
+        "--backbone",
+        "tiny",
+        "--stage",
+        "1",
+        "--size",
+        32,
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
     assert "photo.jpg" in sentence and not (tmp_path / "run" / "pseudo").exists()
 
 
@@ -348,7 +486,23 @@ def test_odd_files_work(tmp_path):
     Image.fromarray(pixels.astype(np.uint16) * 256).save(folder / "deep.png")
     for mode, name in (("CMYK", "print.jpg"), ("RGBA", "alpha.png"), ("L", "grey.bmp")):
         Image.fromarray(pixels).convert("RGB").convert(mode).save(folder / name)
-    a2s.main(["--data", str(tmp_path), "--backbone", "tiny", "--stage", "1", "--size", "32",
-              "--epochs", "1", "--batch-size", "2", "--out", str(tmp_path / "run")])
+    a2s.main(
+        [
+            "--data",
+            str(tmp_path),
+            "--backbone",
+            "tiny",
+            "--stage",
+            "1",
+            "--size",
+            "32",
+            "--epochs",
+            "1",
+            "--batch-size",
+            "2",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     made = {p.stem: Image.open(p).size for p in (tmp_path / "run" / "pseudo").glob("*.png")}
     assert made == dict.fromkeys(("deep", "print", "alpha", "grey"), (50, 40))

@@ -1,4 +1,5 @@
 """Encoders: taps, normalisation, BatchNorm policy, and weight files of every kind."""
+
 import urllib.error
 
 import pytest
@@ -70,8 +71,9 @@ def test_files_with_and_without_prefix_or_classifier_load(tmp_path):
         encoder = backbone("resnet18", save(tmp_path, state))
         assert torch.equal(encoder.layer4[1].bn2.weight, source["layer4.1.bn2.weight"])
         assert not hasattr(encoder, "fc")
-    assert torch.equal(backbone("resnet18", save(tmp_path, source), keep_fc=True).fc.weight,
-                       source["fc.weight"])
+    assert torch.equal(
+        backbone("resnet18", save(tmp_path, source), keep_fc=True).fc.weight, source["fc.weight"]
+    )
 
 
 def test_moco_s_head_does_not_replace_a_kept_classifier(tmp_path):
@@ -104,10 +106,13 @@ def test_unknown_and_unreadable_weights_are_one_sentence(tmp_path):
 def test_without_network_the_sentence_says_what_to_fetch_and_where(tmp_path, monkeypatch):
     def offline(url, path):
         raise urllib.error.URLError("no network")
+
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(UserError, match="cannot download.*moco_v2_800ep_pretrain.pth.tar as "
-                                        f"{tmp_path}.*--backbone-weights"):
+    with pytest.raises(
+        UserError,
+        match=f"cannot download.*moco_v2_800ep_pretrain.pth.tar as {tmp_path}.*--backbone-weights",
+    ):
         backbone("resnet50")
 
 
@@ -121,7 +126,7 @@ def test_a_damaged_download_is_refused_and_a_digest_is_recorded(tmp_path, monkey
         backbones.check_digest(path, "md5:00000000")
     backbones.check_digest(path, "sha256:" + full[:8])
     assert (tmp_path / "w.pth.sha256").read_text() == full
-    (tmp_path / "w.pth.sha256").write_text("0" * 64)                      # recorded earlier: other
+    (tmp_path / "w.pth.sha256").write_text("0" * 64)  # recorded earlier: other
     with pytest.raises(UserError, match="w.pth.sha256"):
         backbones.check_digest(path, "sha256:" + full[:8])
 
@@ -129,6 +134,7 @@ def test_a_damaged_download_is_refused_and_a_digest_is_recorded(tmp_path, monkey
 def test_parameter_counts_are_torchvision_s_without_classifier():
     def count(name):
         return sum(p.numel() for p in backbone(name, "none").parameters())
+
     assert count("resnet50") == 25_557_032 - 2_049_000
     assert count("vgg16") == 138_357_544 - 123_642_856
     assert count("mobilenet_v2") == 3_504_872 - 1_281_000

@@ -1,4 +1,5 @@
 """The bank: samples stay aligned with their labels through flips, processes and interruptions."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ CPU = torch.device("cpu")
 
 class Ramps(torch.utils.data.Dataset):
     """Six 4x4 photos whose pixel (y, x) of photo i is 40 i + x."""
+
     names, title = list("abcdef"), "ramps"
 
     def __len__(self):
@@ -46,11 +48,11 @@ def test_rectifying_equals_eq_14_by_hand_with_flips():
     """G := 0.4 G + 0.6 Y, where Y belongs to the flipped photo."""
     bank = MapBank(maps, 6, 4, CPU)
     index, flip = torch.tensor([2]), torch.tensor([True])
-    y = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 1, 4, 4)         # left of the mirrored photo
+    y = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 1, 4, 4)  # left of the mirrored photo
     bank.write(index, flip, 0.4 * bank.read(index, flip) + 0.6 * y)
-    want = [0.4 * 20, 0.4 * 21, 0.4 * 22, 0.4 * 23 + 0.6 * 255]           # so right of the photo
+    want = [0.4 * 20, 0.4 * 21, 0.4 * 22, 0.4 * 23 + 0.6 * 255]  # so right of the photo
     assert bank.pixels[2, 0, 0].tolist() == [round(v) for v in want]
-    assert torch.equal(bank.pixels[1], maps(1))                           # others untouched
+    assert torch.equal(bank.pixels[1], maps(1))  # others untouched
 
 
 def test_too_large_a_bank_is_a_file_with_the_same_numbers(tmp_path):
@@ -78,21 +80,25 @@ def draw(seed, epoch, flips="anew", world=World()):
 def test_order_and_flips_depend_on_seed_and_epoch_alone():
     def same(a, b):
         return all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+
     assert same(draw(0, 3), draw(0, 3))
     assert not same(draw(0, 3), draw(0, 4)) and not same(draw(0, 3), draw(1, 3))
 
 
 def test_processes_share_a_batch_without_overlap_and_in_order():
-    for whole, first, second in zip(draw(0, 1), draw(0, 1, world=World(0, 2)),
-                                    draw(0, 1, world=World(1, 2))):
+    for whole, first, second in zip(
+        draw(0, 1), draw(0, 1, world=World(0, 2)), draw(0, 1, world=World(1, 2))
+    ):
         for part in (0, 1):
             assert torch.equal(torch.cat([first[part], second[part]]), whole[part])
 
 
 def test_flips_anew_change_between_epochs_and_flips_once_do_not():
     def flips(epoch, mode):
-        return {int(i): bool(f) for index, flip in draw(0, epoch, mode)
-                for i, f in zip(index, flip)}
+        return {
+            int(i): bool(f) for index, flip in draw(0, epoch, mode) for i, f in zip(index, flip)
+        }
+
     assert flips(1, "once") == flips(2, "once")
     assert flips(1, "anew") != flips(2, "anew")
     drawn = [f for epoch in range(25) for f in flips(epoch, "anew").values()]
@@ -106,8 +112,11 @@ def test_sharing_keeps_own_maps_and_takes_the_others(rank, monkeypatch):
     order = torch.tensor([5, 4, 3, 2])
     for owner, owned in ((0, [5, 4]), (1, [3, 2])):
         changed = bank if owner == rank else other
-        changed.write(torch.tensor(owned), torch.zeros(2, dtype=torch.bool),
-                      torch.full((2, 1, 4, 4), 0.2 + 0.2 * owner))
+        changed.write(
+            torch.tensor(owned),
+            torch.zeros(2, dtype=torch.bool),
+            torch.full((2, 1, 4, 4), 0.2 + 0.2 * owner),
+        )
     wires = SimpleNamespace(calls=[])
 
     def all_reduce(mine):
@@ -116,6 +125,7 @@ def test_sharing_keeps_own_maps_and_takes_the_others(rank, monkeypatch):
         theirs[owner != 1 - rank] = 0
         mine += theirs
         wires.calls.append(1)
+
     monkeypatch.setattr("common.bank.dist.all_reduce", all_reduce)
     bank.share(order, 4, World(rank, 2))
     assert wires.calls and bank.pixels[:, 0, 0, 0].tolist() == [0, 10, 102, 102, 51, 51]
@@ -132,8 +142,10 @@ class Scenes(Ramps):
 def test_masks_and_modalities_follow_their_image_through_the_flip():
     bank = Bank(Scenes(), 4, CPU, parts=("image", "mask", "modality"))
     index, flip = torch.tensor([3, 2]), torch.tensor([True, False])
-    assert (bank.masks(index, flip)[:, 0, 0] * 255).round().tolist() == [[33, 32, 31, 30],
-                                                                        [20, 21, 22, 23]]
+    assert (bank.masks(index, flip)[:, 0, 0] * 255).round().tolist() == [
+        [33, 32, 31, 30],
+        [20, 21, 22, 23],
+    ]
     modality = (bank.read("modality", index, flip)[:, 0, 0] * 255).round().tolist()
     assert modality == [[61, 61, 60, 60], [0, 0, 0, 0]]
     assert bank.has["modality"].tolist() == [False, True] * 3 and bank.has["mask"].all()

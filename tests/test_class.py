@@ -1,13 +1,14 @@
 """class_net.py: its network is the released one when asked to be, its losses are the equations."""
+
 import math
 
 import pytest
+import recipe
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import class_net
-import recipe
 from common import harness
 from common.backbones import backbone
 from common.bank import crop
@@ -30,8 +31,8 @@ def test_all_four_outputs_equal_the_released_network_s():
     state = {key: recipe.weights(key, shape, he) for key, shape in description["keys"]}
     ours = class_net.CLASSNet(backbone("resnet50", "none", "f3net"), released=True).eval()
     renamed = class_net.from_released(state)
-    load_state(ours, renamed, "recipe")                       # strict: every key is accounted for
-    assert len(state) - len(renamed) == 7                     # level 1's squeeze, never used
+    load_state(ours, renamed, "recipe")  # strict: every key is accounted for
+    assert len(state) - len(renamed) == 7  # level 1's squeeze, never used
     for name, logit in zip(("D2", "up_D3", "up_D4", "up_D5"), ours(recipe.photos("rgb", 128, 128))):
         assert recipe.error("class_r50", name, logit) < 2e-5
 
@@ -63,10 +64,12 @@ def test_position_attention_equals_the_explicit_product(released):
     attention = class_net.PositionAttention(released)
     torch.nn.init.constant_(attention.alpha, 0.7)
     high, low = torch.randn(2, 64, 3, 4), torch.randn(2, 64, 12, 16)
-    f_h, f_l, value = (part.flatten(2) for part in (
-        attention.query(high), attention.key(low), attention.value(low)))
-    s = torch.softmax(torch.einsum("bci,bcj->bij", f_h, f_l), 2)          # Eq. 1, sum over j
-    found = torch.einsum("bij,bcj->bic", s, value)                        # Eq. 2
+    f_h, f_l, value = (
+        part.flatten(2)
+        for part in (attention.query(high), attention.key(low), attention.value(low))
+    )
+    s = torch.softmax(torch.einsum("bci,bcj->bij", f_h, f_l), 2)  # Eq. 1, sum over j
+    found = torch.einsum("bij,bcj->bic", s, value)  # Eq. 2
     found = found.reshape(2, 64, 3, 4) if released else found.mT.reshape(2, 64, 3, 4)
     assert torch.allclose(attention(high, low), 0.7 * found + high, atol=1e-5)
 
@@ -80,7 +83,7 @@ def test_channel_attention_equals_the_explicit_sum_and_its_rows_sum_to_one(sign)
     f_h = F.interpolate(high, (6, 8), mode="bilinear", align_corners=False)
     out = attention(low, high)
     for i in (0, 31, 63):
-        energy = sign * (low[0, i] * f_h[0]).sum((1, 2))                  # [64]
+        energy = sign * (low[0, i] * f_h[0]).sum((1, 2))  # [64]
         z = energy.exp() / energy.exp().sum()
         want = 0.3 * (z[:, None, None] * f_h[0]).sum(0) + low[0, i]
         assert torch.allclose(out[0, i], want, atol=1e-5)
@@ -90,8 +93,12 @@ def test_rows_of_both_attentions_sum_to_one():
     """Where all that can be found is the same, that is what is found."""
     torch.manual_seed(0)
     position, channel = class_net.PositionAttention(), class_net.ChannelAttention()
-    for weight, value in ((position.value.weight, 0), (position.value.bias, 1),
-                          (position.alpha, 1), (channel.beta, 1)):
+    for weight, value in (
+        (position.value.weight, 0),
+        (position.value.bias, 1),
+        (position.alpha, 1),
+        (channel.beta, 1),
+    ):
         torch.nn.init.constant_(weight, value)
     high, low = torch.randn(2, 64, 3, 4), torch.randn(2, 64, 12, 16)
     assert torch.allclose(position(high, low) - high, torch.ones(()), atol=1e-5)
@@ -104,15 +111,22 @@ def test_energies_beyond_half_precision_stay_finite():
     torch.nn.init.ones_(attention.beta)
     low = torch.full((1, 64, 88, 88), 4.0)
     with torch.autocast("cpu", torch.float16):
-        assert torch.isfinite(attention(low, low[..., :11, :11])).all()   # energy 123,904
+        assert torch.isfinite(attention(low, low[..., :11, :11])).all()  # energy 123,904
 
 
 @torch.no_grad()
 def test_attention_starts_as_the_identity_and_then_matters():
     torch.manual_seed(0)
     ours, without = net(), net(attention=())
-    load_state(without, {key: value for key, value in ours.state_dict().items()
-                         if not key.startswith(("position", "channel"))}, "ours")
+    load_state(
+        without,
+        {
+            key: value
+            for key, value in ours.state_dict().items()
+            if not key.startswith(("position", "channel"))
+        },
+        "ours",
+    )
     image = torch.rand(1, 3, 64, 64)
     before = ours(image)[0]
     assert torch.equal(before, without(image)[0])
@@ -140,10 +154,18 @@ def test_odd_sizes_and_vgg_s_other_taps():
 
 
 def test_table_2_s_rows_are_different_networks():
-    sizes = {row: count(net(**options)) for row, options in {
-        "4": {"attention": (), "fusion": "sum"}, "5": {"attention": ()}, "6": {"fusion": "sum"},
-        "7": {"attention": ("channel",)}, "8": {"attention": ("position",)}, "10": {},
-        "3": {"attention": (), "fusion": "sum", "outputs": 1}}.items()}
+    sizes = {
+        row: count(net(**options))
+        for row, options in {
+            "4": {"attention": (), "fusion": "sum"},
+            "5": {"attention": ()},
+            "6": {"fusion": "sum"},
+            "7": {"attention": ("channel",)},
+            "8": {"attention": ("position",)},
+            "10": {},
+            "3": {"attention": (), "fusion": "sum", "outputs": 1},
+        }.items()
+    }
     position, fusion, head = 3 * (3 * (64 * 64 + 64) + 1), 3 * (12352 + 128 + 2 * 36992 + 64), 577
     base = sizes["4"]
     assert sizes["5"] == base + fusion and sizes["6"] == base + position + 3
@@ -157,7 +179,7 @@ def test_object_loss_by_hand():
     s = torch.tensor([0.8, 0.6, 0.4, 0.2]).view(1, 1, 2, 2)
     g = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 2, 2)
     assert class_net.object_loss(torch.logit(s), g).item() == pytest.approx(0.3, abs=1e-6)
-    g = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)               # P = .4, R = .8
+    g = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 2, 2)  # P = .4, R = .8
     want = 1 - 1.3 * 0.4 * 0.8 / (0.3 * 0.4 + 0.8)
     assert class_net.object_loss(torch.logit(s), g).item() == pytest.approx(want, abs=1e-6)
     assert class_net.object_loss(torch.logit(s), torch.zeros_like(s)).item() == pytest.approx(1)
@@ -183,17 +205,18 @@ def test_region_loss_by_hand():
     y = torch.full((1, 1, 40, 40), math.log(3))
     g = torch.full_like(y, 0.25)
     # near the border the spreads differ too, for beyond it are zeros: explicit sums over windows
-    weight = torch.exp(-(torch.arange(11) - 5.0) ** 2 / 4.5)
+    weight = torch.exp(-((torch.arange(11) - 5.0) ** 2) / 4.5)
     weight = (weight / weight.sum())[:, None] * (weight / weight.sum())
     want = 0.0
     for top in range(40):
         for left in range(40):
             parts = []
             for value in (0.75, 0.25):
-                window = F.pad(torch.full((40, 40), value), (5, 5, 5, 5))[top:top + 11,
-                                                                         left:left + 11]
+                window = F.pad(torch.full((40, 40), value), (5, 5, 5, 5))[
+                    top : top + 11, left : left + 11
+                ]
                 mean = (weight * window).sum()
-                parts.append((mean, ((weight * window ** 2).sum() - mean ** 2 + 1e-8) ** 0.5))
+                parts.append((mean, ((weight * window**2).sum() - mean**2 + 1e-8) ** 0.5))
             want += ((parts[0][0] - parts[1][0]) ** 2 + (parts[0][1] - parts[1][1]) ** 2) / 1600
     assert class_net.region_loss(y, g).item() == pytest.approx(want.item(), rel=1e-4)
 
@@ -210,7 +233,7 @@ def test_the_two_region_losses_differ_as_the_released_one_grows_with_the_picture
     paper, released = [], []
     for side in (96, 192):
         g = recipe.disk((1, 1, side, side))
-        y = torch.zeros_like(g)                                           # .5 everywhere
+        y = torch.zeros_like(g)  # .5 everywhere
         paper.append(class_net.region_loss(y, g).item())
         released.append(class_net.released_region_loss(y, g).item())
     assert 0.2 < paper[0] < 0.3 and paper[1] == pytest.approx(paper[0], rel=0.1)
@@ -258,8 +281,9 @@ def test_crop_cuts_where_it_is_told_to():
     x = torch.arange(40.0).view(1, 1, 40, 1).expand(1, 1, 40, 40)
     for top, first in ((0.25, 10), (0, 0)):
         rows = crop(x, torch.tensor([[0, top, 1, top + 0.75]]), 30)[0, 0]
-        assert torch.allclose(rows, torch.arange(first, first + 30.0)[:, None].expand(30, 30),
-                              atol=1e-4)
+        assert torch.allclose(
+            rows, torch.arange(first, first + 30.0)[:, None].expand(30, 30), atol=1e-4
+        )
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -279,8 +303,9 @@ def test_released_is_the_authors_loss_loader_and_pixels_unless_told_otherwise():
     assert (usual.lr, usual.batch_size, usual.epochs, usual.size) == (0.05, 32, 100, 352)
 
 
-@pytest.mark.parametrize("backbone, weights", [("resnet50", "imagenet"), ("resnet18", "imagenet"),
-                                               ("tiny", "shapes")])
+@pytest.mark.parametrize(
+    "backbone, weights", [("resnet50", "imagenet"), ("resnet18", "imagenet"), ("tiny", "shapes")]
+)
 def test_weights_follow_the_backbone_on_photos_and_on_shapes(backbone, weights):
     for data in ("photos", "shapes"):
         assert flags("--data", data, "--backbone", backbone).backbone_weights == weights
@@ -296,12 +321,34 @@ def test_impossible_flags_are_refused():
 
 def test_a_checkpoint_brings_its_flags_along(tmp_path):
     """Also those without which the keys would fit as well."""
-    made = flags("--backbone", "vgg16", "--backbone-weights", "none", "--vgg-taps", "conv",
-                 "--pixels", "unit", "--fusion", "sum", "--attention", "channel", "--size", "64")
+    made = flags(
+        "--backbone",
+        "vgg16",
+        "--backbone-weights",
+        "none",
+        "--vgg-taps",
+        "conv",
+        "--pixels",
+        "unit",
+        "--fusion",
+        "sum",
+        "--attention",
+        "channel",
+        "--size",
+        "64",
+    )
     made.device = torch.device("cpu")
     state = class_net.make_net(made, "none").state_dict()
-    save_checkpoint(tmp_path / "last.pt", method="class_net", stage=1, epoch=1, model=state,
-                    args=harness.plain_flags(made, []), optimiser={}, labels=None)
+    save_checkpoint(
+        tmp_path / "last.pt",
+        method="class_net",
+        stage=1,
+        epoch=1,
+        model=state,
+        args=harness.plain_flags(made, []),
+        optimiser={},
+        labels=None,
+    )
     args = class_net.build_parser().parse_args(["--device", "cpu"])
     ours = class_net.load(tmp_path / "last.pt", args)
     assert ours.encoder.before_pooling and args.size == 64 and ours.encoder.std.flatten()[0] == 1

@@ -1,4 +1,5 @@
 """Dense CRF: brute force, frozen results, invariances; the median filter; the program."""
+
 import math
 import subprocess
 import sys
@@ -41,8 +42,9 @@ def brute_kernel(image, sxy, srgb=None):
     return kernel / root[:, None] / root
 
 
-def brute_crf(image, prob, sxy=80.0, srgb=13.0, compat=10.0, sxy_gauss=3.0, compat_gauss=3.0,
-              iterations=10):
+def brute_crf(
+    image, prob, sxy=80.0, srgb=13.0, compat=10.0, sxy_gauss=3.0, compat_gauss=3.0, iterations=10
+):
     """Mean field of the two labels as such: energies, Potts penalties and a softmax over labels."""
     appearance, smooth = brute_kernel(image, sxy, srgb), brute_kernel(image, sxy_gauss)
     p = np.clip(np.asarray(prob, np.float64).ravel(), 1e-5, 1 - 1e-5)
@@ -82,8 +84,9 @@ def iou(a, b):
 
 
 # ---- Accuracy ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("height,width,sxy,srgb", [(32, 40, 10.0, 13.0), (45, 27, 6.0, 5.0),
-                                                   (24, 24, 80.0, 13.0)])
+@pytest.mark.parametrize(
+    "height,width,sxy,srgb", [(32, 40, 10.0, 13.0), (45, 27, 6.0, 5.0), (24, 24, 80.0, 13.0)]
+)
 def test_one_product_with_the_appearance_kernel(height, width, sxy, srgb):
     image, prob = scene(height, width)
     v = 2 * prob[0, 0].double().numpy().ravel() - 1
@@ -135,9 +138,17 @@ def test_smoothness_is_the_exact_gaussian():
     assert np.abs(got.ravel() - brute_kernel(image[0].numpy(), 3.0) @ v.ravel()).max() < 1e-5
 
 
-@pytest.mark.parametrize("height,width,sxy,srgb", [(40, 32, 10.0, 13.0), (32, 40, 7.0, 5.0),
-                                                   (33, 17, 80.0, 13.0), (1, 60, 15.0, 13.0),
-                                                   (2, 3, 80.0, 13.0), (9, 1, 3.0, 5.0)])
+@pytest.mark.parametrize(
+    "height,width,sxy,srgb",
+    [
+        (40, 32, 10.0, 13.0),
+        (32, 40, 7.0, 5.0),
+        (33, 17, 80.0, 13.0),
+        (1, 60, 15.0, 13.0),
+        (2, 3, 80.0, 13.0),
+        (9, 1, 3.0, 5.0),
+    ],
+)
 def test_mean_field_of_two_labels(height, width, sxy, srgb):
     image, prob = scene(height, width, seed=height)
     exact = brute_crf(image[0].numpy(), prob, sxy, srgb)
@@ -168,8 +179,13 @@ def test_one_pixel_follows_the_formula():
     q = 0.6
     for _ in range(4):
         q = 1 / (1 + math.exp(-u - (0.3 + 0.2) * (2 * q - 1)))
-    got = dense_crf(torch.full((1, 3, 1, 1), 77), torch.full((1, 1, 1, 1), 0.6), compat=0.3,
-                    compat_gauss=0.2, iterations=4)
+    got = dense_crf(
+        torch.full((1, 3, 1, 1), 77),
+        torch.full((1, 1, 1, 1), 0.6),
+        compat=0.3,
+        compat_gauss=0.2,
+        iterations=4,
+    )
     assert got.item() == pytest.approx(q, abs=1e-6)
 
 
@@ -177,16 +193,22 @@ def test_constant_image_is_a_wide_gaussian():
     """Without colours the appearance kernel is separable too, so plain matrices give the result."""
     height, width = 70, 50
     prob = torch.rand(height, width, generator=torch.Generator().manual_seed(0)).double()
-    along = [[crf.smoothness(torch.arange(n), torch.arange(n), s).to_dense().double()
-              for n in (height, width)] for s in (12.0, 3.0)]
+    along = [
+        [
+            crf.smoothness(torch.arange(n), torch.arange(n), s).to_dense().double()
+            for n in (height, width)
+        ]
+        for s in (12.0, 3.0)
+    ]
     u, q = torch.logit(prob), prob
     for _ in range(5):
         v = 2 * q - 1
         q = torch.sigmoid(u + sum(w * ky @ v @ kx for w, (ky, kx) in zip((1.0, 0.5), along)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a black image is as good as any
-        black = dense_crf(torch.zeros(1, 3, height, width), prob[None, None], 12.0, 13.0, 1.0, 3.0,
-                          0.5, 5)[0, 0]
+        black = dense_crf(
+            torch.zeros(1, 3, height, width), prob[None, None], 12.0, 13.0, 1.0, 3.0, 0.5, 5
+        )[0, 0]
     assert (black - q).abs().max() < 0.004
     image = torch.full((1, 3, height, width), 137, dtype=torch.uint8)
     got = dense_crf(image, prob[None, None], 12.0, 13.0, 1.0, 3.0, 0.5, 5)[0, 0]
@@ -202,7 +224,7 @@ def test_a_lone_colour_far_from_its_like():
     image[..., :20], prob[..., :20] = 220, 0.9
     image[..., 0, 59], prob[..., 0, 59] = 220, 0.6
     exact = brute_crf(image[0].numpy(), prob, 10.0, 13.0)
-    assert difference(dense_crf(image, prob, 10.0)[0, 0], exact) < 1e-4      # else .2
+    assert difference(dense_crf(image, prob, 10.0)[0, 0], exact) < 1e-4  # else .2
 
 
 def test_coarse_map_moves_to_the_edges_and_a_crisp_mask_stays():
@@ -220,8 +242,15 @@ def test_coarse_map_moves_to_the_edges_and_a_crisp_mask_stays():
 def test_colour_matters_and_every_setting_changes_the_result():
     image, prob = scene(30, 30)
     base = dense_crf(image, prob, 8.0, compat=2.0, compat_gauss=1.0)
-    for change in (dict(sxy=4.0), dict(srgb=40.0), dict(compat=1.0), dict(sxy_gauss=1.0),
-                   dict(compat_gauss=0.0), dict(iterations=3), dict(stride=2)):
+    for change in (
+        dict(sxy=4.0),
+        dict(srgb=40.0),
+        dict(compat=1.0),
+        dict(sxy_gauss=1.0),
+        dict(compat_gauss=0.0),
+        dict(iterations=3),
+        dict(stride=2),
+    ):
         other = dense_crf(image, prob, **{**dict(sxy=8.0, compat=2.0, compat_gauss=1.0), **change})
         assert difference(base, other) > 1e-4, change
     assert difference(base, dense_crf(torch.zeros_like(image), prob, 8.0, compat=2.0)) > 0.01
@@ -248,8 +277,9 @@ def test_images_refined_together_do_not_mix(stride):
     image, prob = batch_of_scenes()
     settings = (10.0, 13.0, 10.0, 3.0, 3.0, 10, stride, 100)
     together = crf.mean_field(image, torch.logit(prob), *settings)
-    alone = torch.cat([crf.mean_field(i[None], torch.logit(p)[None], *settings)
-                       for i, p in zip(image, prob)])
+    alone = torch.cat(
+        [crf.mean_field(i[None], torch.logit(p)[None], *settings) for i, p in zip(image, prob)]
+    )
     assert (together - alone).abs().max() < 1e-3 and difference(together, alone) < 1e-6
 
 
@@ -259,7 +289,7 @@ def test_memory_plan():
     assert 32 <= images <= 100 and functions == 16
     assert crf.plan(320, 320, 16, 13.0, 8e9)[0] in (2 * images, 2 * images + 1)
     assert crf.plan(1, 1, 1, 13.0, 1) == (1, 1)
-    assert crf.plan(32, 32, 8, 1.0, 1e12)[0] == 30        # grid colours are numbered in int32
+    assert crf.plan(32, 32, 8, 1.0, 1e12)[0] == 30  # grid colours are numbered in int32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -275,8 +305,9 @@ def test_blocks_of_functions_give_the_same_numbers(monkeypatch):
     image, prob = batch_of_scenes(2)
     blocks = []
     original = crf.Pixels.make_phi
-    monkeypatch.setattr(crf.Pixels, "make_phi",
-                        lambda self, block: blocks.append(block) or original(self, block))
+    monkeypatch.setattr(
+        crf.Pixels, "make_phi", lambda self, block: blocks.append(block) or original(self, block)
+    )
     whole = dense_crf(image, prob, 5.0)
     assert set(blocks) == {0}
     parts = dense_crf(image, prob, 5.0, max_bytes=1)
@@ -334,19 +365,26 @@ def test_hard_unary_energies():
             hard_unary(torch.zeros(1), wrong)
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(image=torch.zeros(3, 8, 8)), "B, 3, H, W"),
-    (dict(image=torch.zeros(1, 1, 8, 8)), "B, 3, H, W"),
-    (dict(image=torch.zeros(1, 3, 8, 9)), "of one size"),
-    (dict(image=torch.zeros(2, 3, 8, 8)), "of one size"),
-    (dict(prob=torch.zeros(1, 8, 8)), "of one size"),
-    (dict(image=torch.full((1, 3, 8, 8), 300.0)), "0 to 255"),
-    (dict(image=torch.full((1, 3, 8, 8), math.nan)), "0 to 255"),
-    (dict(prob=torch.full((1, 1, 8, 8), 1.1)), "0 to 1"),
-    (dict(prob=torch.full((1, 1, 8, 8), math.nan)), "0 to 1"),
-    (dict(prob=torch.zeros(1, 1, 8, 8, device="meta")), "meta"),
-    (dict(sxy=0.0), "sxy"), (dict(srgb=0.5), "srgb"), (dict(iterations=0), "iterations"),
-    (dict(stride=0), "stride"), (dict(sxy_gauss=math.nan), "sxy_gauss")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(image=torch.zeros(3, 8, 8)), "B, 3, H, W"),
+        (dict(image=torch.zeros(1, 1, 8, 8)), "B, 3, H, W"),
+        (dict(image=torch.zeros(1, 3, 8, 9)), "of one size"),
+        (dict(image=torch.zeros(2, 3, 8, 8)), "of one size"),
+        (dict(prob=torch.zeros(1, 8, 8)), "of one size"),
+        (dict(image=torch.full((1, 3, 8, 8), 300.0)), "0 to 255"),
+        (dict(image=torch.full((1, 3, 8, 8), math.nan)), "0 to 255"),
+        (dict(prob=torch.full((1, 1, 8, 8), 1.1)), "0 to 1"),
+        (dict(prob=torch.full((1, 1, 8, 8), math.nan)), "0 to 1"),
+        (dict(prob=torch.zeros(1, 1, 8, 8, device="meta")), "meta"),
+        (dict(sxy=0.0), "sxy"),
+        (dict(srgb=0.5), "srgb"),
+        (dict(iterations=0), "iterations"),
+        (dict(stride=0), "stride"),
+        (dict(sxy_gauss=math.nan), "sxy_gauss"),
+    ],
+)
 def test_wrong_arguments_are_named(change, message):
     good = dict(image=torch.zeros(1, 3, 8, 8), prob=torch.zeros(1, 1, 8, 8))
     with pytest.raises(ValueError, match=message):
@@ -361,8 +399,16 @@ def test_a_device_without_sparse_products_is_named():
 # ---- Median --------------------------------------------------------------------------------------
 def brute_median(x, size):
     padded = np.pad(x, size // 2, mode="edge")
-    return np.array([[np.sort(padded[i:i + size, j:j + size].ravel())[size * size // 2]
-                      for j in range(x.shape[1])] for i in range(x.shape[0])], x.dtype)
+    return np.array(
+        [
+            [
+                np.sort(padded[i : i + size, j : j + size].ravel())[size * size // 2]
+                for j in range(x.shape[1])
+            ]
+            for i in range(x.shape[0])
+        ],
+        x.dtype,
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 9])
@@ -370,10 +416,14 @@ def brute_median(x, size):
 def test_median_equals_sorting_every_window(size, kind):
     g = np.random.default_rng(size)
     binary = g.random((2, 1, 13, 10)) < 0.5
-    x = {"bool": binary, "0/255": binary.astype(np.uint8) * 255,
-         "0/1 float": binary.astype(np.float32), "two values": np.where(binary, 3, -7),
-         "grey": g.integers(0, 256, binary.shape).astype(np.uint8),
-         "float": g.normal(size=binary.shape)}[kind]
+    x = {
+        "bool": binary,
+        "0/255": binary.astype(np.uint8) * 255,
+        "0/1 float": binary.astype(np.float32),
+        "two values": np.where(binary, 3, -7),
+        "grey": g.integers(0, 256, binary.shape).astype(np.uint8),
+        "float": g.normal(size=binary.shape),
+    }[kind]
     got = median_filter(torch.from_numpy(x), size).numpy()
     assert got.dtype == x.dtype
     for k in range(2):
@@ -407,8 +457,19 @@ def folders(tmp_path):
 
 
 def test_program_refines_one_pair_as_the_function_does(folders):
-    command = [sys.executable, "-m", "common.crf", folders / "photos/0.png", folders / "maps/0.png",
-               "-o", folders / "out/x.png", "--sxy", "10", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "common.crf",
+        folders / "photos/0.png",
+        folders / "maps/0.png",
+        "-o",
+        folders / "out/x.png",
+        "--sxy",
+        "10",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "arning" not in done.stderr, done.stderr
     image = torch.from_numpy(np.array(Image.open(folders / "photos/0.png"))).permute(2, 0, 1)[None]
@@ -421,8 +482,21 @@ def test_program_refines_one_pair_as_the_function_does(folders):
 def test_program_makes_labels_of_folders(folders):
     small = Image.open(folders / "maps/1.png").resize((10, 8))
     small.save(folders / "maps/1.png")  # maps may be smaller than the photo
-    crf.main([str(folders / "photos"), str(folders / "maps"), "-o", str(folders / "out"), "--hard",
-              "--median", "7", "--sxy", "10", "--device", "cpu"])
+    crf.main(
+        [
+            str(folders / "photos"),
+            str(folders / "maps"),
+            "-o",
+            str(folders / "out"),
+            "--hard",
+            "--median",
+            "7",
+            "--sxy",
+            "10",
+            "--device",
+            "cpu",
+        ]
+    )
     assert sorted(p.name for p in (folders / "out").iterdir()) == ["0.png", "1.png"]
     for k in range(2):
         got = Image.open(folders / f"out/{k}.png")
@@ -437,16 +511,20 @@ def test_sxy_grows_with_large_photos():
     assert crf.photo_sxy(3000, 4000) == 800
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (["photos/0.png", "maps", "-o", "out"], "two files or two folders"),
-    (["photos/none.png", "maps/0.png", "-o", "x.png"], "none.png"),
-    (["photos/0.png", "maps/0.png", "-o", "x"], "-o"),
-    (["photos", "maps", "-o", "x.png"], "-o"),
-    (["photos", "extra", "-o", "out"], "other.png.*no photo"),
-    (["photos/0.png", "maps/broken.png", "-o", "x.png"], "broken.png"),
-    (["photos/0.png", "maps/0.png", "-o", "x.png", "--median", "4"], "odd"),
-    (["photos/0.png", "maps/0.png", "-o", "x.png", "--srgb", "0"], "--srgb"),
-    (["photos/0.png", "maps/0.png", "-o", "x.png", "--stride", "0"], "--stride")])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["photos/0.png", "maps", "-o", "out"], "two files or two folders"),
+        (["photos/none.png", "maps/0.png", "-o", "x.png"], "none.png"),
+        (["photos/0.png", "maps/0.png", "-o", "x"], "-o"),
+        (["photos", "maps", "-o", "x.png"], "-o"),
+        (["photos", "extra", "-o", "out"], "other.png.*no photo"),
+        (["photos/0.png", "maps/broken.png", "-o", "x.png"], "broken.png"),
+        (["photos/0.png", "maps/0.png", "-o", "x.png", "--median", "4"], "odd"),
+        (["photos/0.png", "maps/0.png", "-o", "x.png", "--srgb", "0"], "--srgb"),
+        (["photos/0.png", "maps/0.png", "-o", "x.png", "--stride", "0"], "--stride"),
+    ],
+)
 def test_program_names_the_problem(folders, monkeypatch, arguments, message):
     monkeypatch.chdir(folders)
     Path("extra").mkdir()

@@ -1,4 +1,5 @@
 """Data sets: what pictures decode to, which files belong together, and what bad input says."""
+
 import json
 import re
 from pathlib import Path
@@ -8,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import registry
 from common.datasets import check, load_grey, load_image, load_mask, main, open_set
-from common.registry import REGISTRY, SHAPES, SOURCES, TERMS, Entry, read_split
 from common.runtime import UserError
+from data import registry
+from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, Entry, read_split
 
 ROW = np.array([[0, 100, 200, 255]], np.uint8)  # [1, 4]
 
@@ -51,8 +52,12 @@ def test_pictures_of_every_mode_decode_to_their_colours(tmp_path):
     rgb = Image.fromarray(red)
     alpha = rgb.convert("RGBA")
     alpha.putalpha(7)
-    for name, image in {"rgb.png": rgb, "rgba.png": alpha, "bitmap.BMP": rgb,
-                        "palette.png": rgb.quantize(2)}.items():
+    for name, image in {
+        "rgb.png": rgb,
+        "rgba.png": alpha,
+        "bitmap.BMP": rgb,
+        "palette.png": rgb.quantize(2),
+    }.items():
         image.save(tmp_path / name)
         assert load_image(tmp_path / name).permute(1, 2, 0).tolist() == red.tolist(), name
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")  # no cyan: red
@@ -85,17 +90,22 @@ def masks_of(tmp_path):
     ramp = Image.fromarray(ROW, "P")
     ramp.putpalette([level for level in range(256) for _ in range(3)])
     grey = Image.fromarray(np.array([[0, 128, 129, 255]], np.uint8))
-    return [("grey.png", grey, [0, 0, 1, 1]),
-            ("rgb.png", grey.convert("RGB"), [0, 0, 1, 1]),
-            ("bit.png", grey.point(lambda v: 255 * (v > 128)).convert("1"), [0, 0, 1, 1]),
-            ("ones.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint8)), [0, 1, 0, 1]),
-            ("none.png", Image.fromarray(np.zeros((1, 4), np.uint8)), [0, 0, 0, 0]),
-            ("objects.png", palette, [0, 1, 1, 1]),
-            ("ramp.png", ramp, [0, 0, 1, 1]),
-            ("deep.png", Image.fromarray(np.array([[0, 33024, 33025, 65535]], np.uint16)),
-             [0, 0, 1, 1]),
-            ("deep255.png", Image.fromarray(np.array([[0, 255, 0, 255]], np.uint16)), [0, 1, 0, 1]),
-            ("deep1.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint16)), [0, 1, 0, 1])]
+    return [
+        ("grey.png", grey, [0, 0, 1, 1]),
+        ("rgb.png", grey.convert("RGB"), [0, 0, 1, 1]),
+        ("bit.png", grey.point(lambda v: 255 * (v > 128)).convert("1"), [0, 0, 1, 1]),
+        ("ones.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint8)), [0, 1, 0, 1]),
+        ("none.png", Image.fromarray(np.zeros((1, 4), np.uint8)), [0, 0, 0, 0]),
+        ("objects.png", palette, [0, 1, 1, 1]),
+        ("ramp.png", ramp, [0, 0, 1, 1]),
+        (
+            "deep.png",
+            Image.fromarray(np.array([[0, 33024, 33025, 65535]], np.uint16)),
+            [0, 0, 1, 1],
+        ),
+        ("deep255.png", Image.fromarray(np.array([[0, 255, 0, 255]], np.uint16)), [0, 1, 0, 1]),
+        ("deep1.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint16)), [0, 1, 0, 1]),
+    ]
 
 
 def test_masks_of_every_kind_are_binary(tmp_path):
@@ -121,14 +131,28 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 # ---- Pairing ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("image, mask", [
-    ("images/{}.jpg", "masks/{}.png"), ("imgs/{}.png", "gts/{}.png"), ("Imgs/{}.jpeg", "GT/{}.bmp"),
-    ("RGB/{}.jpg", "gt/{}.jpg"), ("image/{}.jpg", "segmentations/{}.png"), ("{}.jpg", "{}.png"),
-    ("ECSSD/images/{}.jpg", "ground_truth_mask/{}.png"), ("Imgs/{}.jpg", "Imgs/{}.png"),
-    ("DUTS-TR-Image/{}.jpg", "DUTS-TR-Mask/{}.png"), ("Image/{}.JPG", "Mask/{}.PNG"),
-    ("DUT-OMRON-image/DUT-OMRON-image/{}.jpg", "DUT-gt-pixelwise.zip/pixelwiseGT-new-PNG/{}.png"),
-    ("datasets/imgs/{}.jpg", "datasets/masks/{}.png"), ("{}.jpg", "GT/{}.png"),
-    ("train-images/{}.jpg", "train-labels/{}.png")])
+@pytest.mark.parametrize(
+    "image, mask",
+    [
+        ("images/{}.jpg", "masks/{}.png"),
+        ("imgs/{}.png", "gts/{}.png"),
+        ("Imgs/{}.jpeg", "GT/{}.bmp"),
+        ("RGB/{}.jpg", "gt/{}.jpg"),
+        ("image/{}.jpg", "segmentations/{}.png"),
+        ("{}.jpg", "{}.png"),
+        ("ECSSD/images/{}.jpg", "ground_truth_mask/{}.png"),
+        ("Imgs/{}.jpg", "Imgs/{}.png"),
+        ("DUTS-TR-Image/{}.jpg", "DUTS-TR-Mask/{}.png"),
+        ("Image/{}.JPG", "Mask/{}.PNG"),
+        (
+            "DUT-OMRON-image/DUT-OMRON-image/{}.jpg",
+            "DUT-gt-pixelwise.zip/pixelwiseGT-new-PNG/{}.png",
+        ),
+        ("datasets/imgs/{}.jpg", "datasets/masks/{}.png"),
+        ("{}.jpg", "GT/{}.png"),
+        ("train-images/{}.jpg", "train-labels/{}.png"),
+    ],
+)
 def test_layouts_pair_by_stem(tmp_path, image, mask):
     stems = ["b", "a", "10_28113685.growl", "2"]
     dataset = open_set(pairs(tmp_path / "set", stems, image, mask))
@@ -154,7 +178,10 @@ def test_sample_holds_what_the_docstring_says(tmp_path):
     (tmp_path / "captions.txt").write_text('image,caption\na.jpg,"One, two ."\na.jpg,Three\n')
     sample = open_set(tmp_path)[0]
     assert {k: tuple(sample[k].shape) for k in ("image", "mask", "modality")} == {
-        "image": (3, 4, 6), "mask": (1, 4, 6), "modality": (3, 4, 6)}
+        "image": (3, 4, 6),
+        "mask": (1, 4, 6),
+        "modality": (3, 4, 6),
+    }
     assert sample["modality"].unique().tolist() == [80]
     assert sample["caption"] == ["One, two .", "Three"]
     assert sample["size"] == (4, 6) and sample["name"] == "a"
@@ -182,7 +209,10 @@ def test_clips_keep_their_folder_in_the_name(tmp_path):
     pairs(tmp_path / "outer", ["000", "001"], "bear/Imgs/{}.jpg", "bear/GT/{}.png")
     pairs(tmp_path / "outer", ["000"], "cat/Imgs/{}.jpg", "cat/GT/{}.png")
     assert values(open_set(tmp_path / "inner")) == {
-        "bear/000": (0, 255), "bear/001": (10, 0), "cat/000": (20, 255)}
+        "bear/000": (0, 255),
+        "bear/001": (10, 0),
+        "cat/000": (20, 255),
+    }
     assert open_set(tmp_path / "outer").names == clips
     assert open_set(tmp_path / "inner/JPEGImages/bear", masks=False).names == ["000", "001"]
 
@@ -224,8 +254,10 @@ def test_bad_folders_say_what_is_wrong(tmp_path):
 def test_captions_of_coco_and_flickr(tmp_path):
     draw(tmp_path / "coco/train2017/000000000009.jpg")
     draw(tmp_path / "flickr/Flicker8k_Dataset/x_1.jpg")
-    coco = {"images": [{"id": 9, "file_name": "000000000009.jpg"}],
-            "annotations": [{"image_id": 9, "caption": text} for text in ("A dog \n", "Dogs")]}
+    coco = {
+        "images": [{"id": 9, "file_name": "000000000009.jpg"}],
+        "annotations": [{"image_id": 9, "caption": text} for text in ("A dog \n", "Dogs")],
+    }
     (tmp_path / "coco/annotations").mkdir()
     (tmp_path / "coco/annotations/captions_train2017.json").write_text(json.dumps(coco))
     (tmp_path / "flickr/Flickr8k.token.txt").write_text("x_1.jpg#0\tA cat .\nx_1.jpg#1\tCats .\n")
@@ -283,18 +315,29 @@ def test_an_existing_path_wins_over_plus_and_at(tmp_path):
 def test_msra_b_needs_no_list_to_be_split(tmp_path):
     stems = {split: read_split("MSRA-B", split) for split in ("train", "val", "test")}
     assert {split: len(set(names)) for split, names in stems.items()} == {
-        "train": 2500, "val": 500, "test": 2000}
+        "train": 2500,
+        "val": 500,
+        "test": 2000,
+    }
     assert len(set().union(*stems.values())) == 5000
     assert "0_0_147" in stems["train"] and "0_0_610" in stems["val"] and "0_0_272" in stems["test"]
     assert set(read_split("MSRA-B", "train,val")) == {*stems["train"], *stems["val"]}
     assert error(open_set, "MSRA-B", tmp_path).startswith("MSRA-B is missing")
 
 
-@pytest.mark.parametrize("name, split, count, member", [
-    ("NJUD", "train", 1485, "000347_left"), ("NJUD", "test", 500, "001139_left"),
-    ("NLPR", "train", 700, "9_03-44-46"), ("NLPR", "test", 300, "10_03-02-58"),
-    ("ORSSD", "train", 600, "0001"), ("ORSSD", "test", 200, "0004"),
-    ("DAVIS", "train", 30, "bear"), ("DAVIS", "val", 20, "blackswan")])
+@pytest.mark.parametrize(
+    "name, split, count, member",
+    [
+        ("NJUD", "train", 1485, "000347_left"),
+        ("NJUD", "test", 500, "001139_left"),
+        ("NLPR", "train", 700, "9_03-44-46"),
+        ("NLPR", "test", 300, "10_03-02-58"),
+        ("ORSSD", "train", 600, "0001"),
+        ("ORSSD", "test", 200, "0004"),
+        ("DAVIS", "train", 30, "bear"),
+        ("DAVIS", "val", 20, "blackswan"),
+    ],
+)
 def test_split_lists(name, split, count, member):
     stems = read_split(name, split)
     assert len(stems) == len(set(stems)) == count and member in stems
@@ -307,15 +350,22 @@ def test_a_split_selects_from_the_whole_archive(tmp_path, monkeypatch):
     (tmp_path / "MSRA-B.txt").write_text("# ours\ntrain 0_*: 1 2\nval *_x: 7\ntest 0_*: 3\n")
     pairs(tmp_path / "MSRA-B/MSRA-B", ["0_1", "0_2", "7_x", "0_3"], "{}.jpg", "{}.png")
     assert values(open_set("MSRA-B", tmp_path)) == {
-        "0_1": (0, 255), "0_2": (10, 0), "7_x": (20, 255)}
+        "0_1": (0, 255),
+        "0_2": (10, 0),
+        "7_x": (20, 255),
+    }
     assert open_set("MSRA-B-val", tmp_path).names == ["7_x"]
     assert open_set("MSRA-B-test", tmp_path).names == ["0_3"]
     pairs(tmp_path / "MSB-TE", ["r"], "images/{}.jpg", "segmentations/{}.png")  # a re-pack wins
     assert open_set("MSRA-B-test", tmp_path).names == ["r"]
     (tmp_path / "DAVIS.txt").write_text("train *: bear\nval *: bus cow\n")  # clips instead of stems
     for size in ("480p", "1080p"):
-        pairs(tmp_path / "DAVIS", ["bear/0", "bus/0", "cow/0", "cow/1"],
-              f"JPEGImages/{size}/{{}}.jpg", f"Annotations/{size}/{{}}.png")
+        pairs(
+            tmp_path / "DAVIS",
+            ["bear/0", "bus/0", "cow/0", "cow/1"],
+            f"JPEGImages/{size}/{{}}.jpg",
+            f"Annotations/{size}/{{}}.png",
+        )
     assert open_set("DAVIS", tmp_path).names == ["bus/0", "cow/0", "cow/1"]
     assert open_set("DAVIS-TR", tmp_path).names == ["bear/0"]
 
@@ -331,11 +381,27 @@ def test_parts_of_archives_and_names_of_repacks(tmp_path):
     pairs(tmp_path / "PASCAL-S/datasets", ["2"], "imgs/bruce/{}.jpg", "masks/bruce/{}.png")
     draw(tmp_path / "FBMS/JPEGImages/c/0.jpg")
     pairs(tmp_path / "FBMS", ["c/1"], "JPEGImages/{}.jpg", "Annotations/{}.png")
-    names = {name: open_set(name, tmp_path).names for name in (
-        "VT5000-TR", "VT5000-TE", "EORSSD", "EORSSD-TR", "DUT-OMRON", "PASCAL-S", "FBMS")}
-    assert names == {"VT5000-TR": ["a"], "VT5000-TE": ["b"], "EORSSD": ["3"],
-                     "EORSSD-TR": ["1", "2"], "DUT-OMRON": ["x"], "PASCAL-S": ["1"],
-                     "FBMS": ["c/1"]}
+    names = {
+        name: open_set(name, tmp_path).names
+        for name in (
+            "VT5000-TR",
+            "VT5000-TE",
+            "EORSSD",
+            "EORSSD-TR",
+            "DUT-OMRON",
+            "PASCAL-S",
+            "FBMS",
+        )
+    }
+    assert names == {
+        "VT5000-TR": ["a"],
+        "VT5000-TE": ["b"],
+        "EORSSD": ["3"],
+        "EORSSD-TR": ["1", "2"],
+        "DUT-OMRON": ["x"],
+        "PASCAL-S": ["1"],
+        "FBMS": ["c/1"],
+    }
     assert open_set("VT5000-TE", tmp_path)[0]["modality"] is not None
     (tmp_path / "VT5000/Test/T/b.png").unlink()
     assert "no thermal: b" in error(open_set, "VT5000-TE", tmp_path)
@@ -356,7 +422,13 @@ def test_vsod_tr_thins_davsod_only(tmp_path):
     clips = [f"select1/{i:02}" for i in range(12)] + [f"bear/{i}" for i in range(3)]
     pairs(tmp_path / "VSOD-TR", clips, "JPEGImages/{}.jpg", "Annotations/{}.png")
     assert open_set("VSOD-TR", tmp_path).names == [
-        "bear/0", "bear/1", "bear/2", "select1/00", "select1/05", "select1/10"]
+        "bear/0",
+        "bear/1",
+        "bear/2",
+        "select1/00",
+        "select1/05",
+        "select1/10",
+    ]
 
 
 def test_wrong_count_warns(tmp_path, capsys):
@@ -372,8 +444,10 @@ def test_unknown_and_missing_names_help(tmp_path):
     assert "did you mean" not in text and "python -m common.datasets" in text
     assert "'qqqq' is neither" in error(open_set, "qqqq@x.txt", tmp_path)
     text = error(open_set, "DUTS-TR", tmp_path)
-    assert all(t in text for t in (str(tmp_path / "DUTS-TR"), "http://saliencydetection.net/duts/",
-                                   "data/README.md"))
+    assert all(
+        t in text
+        for t in (str(tmp_path / "DUTS-TR"), "http://saliencydetection.net/duts/", "data/README.md")
+    )
     assert "NJUD-TR is missing" in error(open_set, "RGBD-TR", tmp_path)
 
 
@@ -433,8 +507,10 @@ def test_shapes_open_by_name():
     sample = dataset[0]
     assert sample["modality"].shape == sample["image"].shape
     assert sorted(SHAPES) == sorted(
-        f"shapes{kind}{split}" for split in ("", "-test")
-        for kind in ("", "-depth", "-thermal", "-video", "-top", "-named", "-named-60"))
+        f"shapes{kind}{split}"
+        for split in ("", "-test")
+        for kind in ("", "-depth", "-thermal", "-video", "-top", "-named", "-named-60")
+    )
     few, many = open_set("shapes-named-60"), open_set("shapes-named")
     assert (len(few), len(many)) == (60, 480) and torch.equal(few[59]["mask"], many[59]["mask"])
     assert not torch.equal(open_set("shapes")[0]["image"], open_set("shapes-test")[0]["image"])

@@ -1,4 +1,5 @@
 """Metrics against hand-computed numbers, brute force, and frozen values of PySODMetrics 1.6.2."""
+
 import csv
 import json
 import math
@@ -16,37 +17,117 @@ from PIL import Image
 
 from common.curves import write_curves
 from common.datasets import load_grey
-from common.metrics import (NAMES, Metrics, count, evaluate_folders, find_images, main, table,
-                            to_uint8)
+from common.metrics import (
+    NAMES,
+    Metrics,
+    count,
+    evaluate_folders,
+    find_images,
+    main,
+    table,
+    to_uint8,
+)
 from common.runtime import UserError
 from common.weighted_f import column_gap, far_search, weighted_f
 
 # MAE F_mean F_adp F_max E_mean E_adp E_max S wF IoU of the pairs that `pair` makes
 REFERENCE = {
-    "wide": (0.22223602541628135, 0.6503189518474461, 0.8513989637305701, 0.9164835164835166,
-             0.6630485235792754, 0.8839466382327562, 0.9590917952300504, 0.7826980778770618,
-             0.5755173521042113, 0.845841784989858),
-    "tall": (0.2242869609402616, 0.6447104851260174, 0.8438999747410962, 0.9088471849865951,
-             0.6615293743729951, 0.882992989147789, 0.956222424821437, 0.7765278395366838,
-             0.5740447966311902, 0.8329238329238329),
-    "two": (0.230053777100271, 0.5549090791766949, 0.8169934640522876, 0.8195507912200102,
-            0.6475884490436477, 0.9480218157053198, 0.9480290950778707, 0.5777827456157573,
-            0.4291934530512165, 0.6906077348066298),
-    "thin": (0.2262691326530612, 0.012338670963272411, 0.0, 0.038512996941896034,
-             0.5961368597562023, 0.9617525337689586, 0.9619586336022526, 0.4387872661954364,
-             0.04592693498038721, 0.0),
-    "narrow": (0.18658854166666666, 0.7184585841569707, 0.9399889888052855, 1.0,
-               0.7007286489959141, 0.9251491510499036, 1.0005211047420517, 0.8589694833597654,
-               0.6324110685180648, 1.0),
-    "binary": (0.10104166666666667, 0.8033454778852169, 0.8052575917812357, 0.8052575917812357,
-               0.9001440670043157, 0.9026931406938016, 0.9026931406938016, 0.7845638074246349,
-               0.8179386751701822, 0.6788079470198676),
-    "noise": (0.5055935329861111, 0.26514347735174937, 0.05232892466935021, 0.3157564344005022,
-              0.3924518959464319, 0.2818709755529603, 0.6406751618683783, 0.317280614901948,
-              0.3124365356883373, 0.1972062448644207),
-    "soft": (0.16567401960784314, 0.6579305063206029, 0.7647058823529413, 0.7702482333756115,
-             0.7181236105566711, 0.8778990512081677, 0.8786640284611794, 0.7409020079939259,
-             0.631694627911106, 0.5667244367417678),
+    "wide": (
+        0.22223602541628135,
+        0.6503189518474461,
+        0.8513989637305701,
+        0.9164835164835166,
+        0.6630485235792754,
+        0.8839466382327562,
+        0.9590917952300504,
+        0.7826980778770618,
+        0.5755173521042113,
+        0.845841784989858,
+    ),
+    "tall": (
+        0.2242869609402616,
+        0.6447104851260174,
+        0.8438999747410962,
+        0.9088471849865951,
+        0.6615293743729951,
+        0.882992989147789,
+        0.956222424821437,
+        0.7765278395366838,
+        0.5740447966311902,
+        0.8329238329238329,
+    ),
+    "two": (
+        0.230053777100271,
+        0.5549090791766949,
+        0.8169934640522876,
+        0.8195507912200102,
+        0.6475884490436477,
+        0.9480218157053198,
+        0.9480290950778707,
+        0.5777827456157573,
+        0.4291934530512165,
+        0.6906077348066298,
+    ),
+    "thin": (
+        0.2262691326530612,
+        0.012338670963272411,
+        0.0,
+        0.038512996941896034,
+        0.5961368597562023,
+        0.9617525337689586,
+        0.9619586336022526,
+        0.4387872661954364,
+        0.04592693498038721,
+        0.0,
+    ),
+    "narrow": (
+        0.18658854166666666,
+        0.7184585841569707,
+        0.9399889888052855,
+        1.0,
+        0.7007286489959141,
+        0.9251491510499036,
+        1.0005211047420517,
+        0.8589694833597654,
+        0.6324110685180648,
+        1.0,
+    ),
+    "binary": (
+        0.10104166666666667,
+        0.8033454778852169,
+        0.8052575917812357,
+        0.8052575917812357,
+        0.9001440670043157,
+        0.9026931406938016,
+        0.9026931406938016,
+        0.7845638074246349,
+        0.8179386751701822,
+        0.6788079470198676,
+    ),
+    "noise": (
+        0.5055935329861111,
+        0.26514347735174937,
+        0.05232892466935021,
+        0.3157564344005022,
+        0.3924518959464319,
+        0.2818709755529603,
+        0.6406751618683783,
+        0.317280614901948,
+        0.3124365356883373,
+        0.1972062448644207,
+    ),
+    "soft": (
+        0.16567401960784314,
+        0.6579305063206029,
+        0.7647058823529413,
+        0.7702482333756115,
+        0.7181236105566711,
+        0.8778990512081677,
+        0.8786640284611794,
+        0.7409020079939259,
+        0.631694627911106,
+        0.5667244367417678,
+    ),
 }
 
 
@@ -60,8 +141,12 @@ def pair(kind):
         gt = ((y - 10) ** 2 + (x - 9) ** 2 < 40) | ((y - 35) ** 2 + (x - 30) ** 2 < 60)
     if kind == "thin":
         gt = (x + 2 * y) % 40 == 11
-    maps = {"narrow": 60 + gt * 40 + noise // 4, "binary": (gt.roll(3, 1) | (noise == 5)) * 255,
-            "noise": noise * 2 + 20, "soft": 255 - ((y - 20) ** 2 + (x - 16) ** 2).clamp(max=255)}
+    maps = {
+        "narrow": 60 + gt * 40 + noise // 4,
+        "binary": (gt.roll(3, 1) | (noise == 5)) * 255,
+        "noise": noise * 2 + 20,
+        "soft": 255 - ((y - 20) ** 2 + (x - 16) ** 2).clamp(max=255),
+    }
     pred = maps.get(kind, (gt.roll(2, 0) * 150 + noise).clamp(max=255))
     return pred.to(torch.uint8), gt
 
@@ -112,15 +197,23 @@ PRED = [[255, 255, 0, 0], [255, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 255]]
 
 
 def test_threshold_scores_by_hand():
-    f_all = 1.3 * 0.25 / (0.3 * 0.25 + 1)                 # everything positive, at threshold 0
-    e = (3 + 11 + 2 * (1 - 0.6) ** 2 / 4) / 15            # a = 1 on the 14 right pixels, else -0.6
-    expected = {"MAE": 2 / 16, "IoU": 3 / 5, "F_adp": 0.75, "F_max": 0.75, "E_adp": e, "E_max": e,
-                "F_mean": (255 * 0.75 + f_all) / 256, "E_mean": (255 * e + 16 / 4 / 15) / 256}
+    f_all = 1.3 * 0.25 / (0.3 * 0.25 + 1)  # everything positive, at threshold 0
+    e = (3 + 11 + 2 * (1 - 0.6) ** 2 / 4) / 15  # a = 1 on the 14 right pixels, else -0.6
+    expected = {
+        "MAE": 2 / 16,
+        "IoU": 3 / 5,
+        "F_adp": 0.75,
+        "F_max": 0.75,
+        "E_adp": e,
+        "E_max": e,
+        "F_mean": (255 * 0.75 + f_all) / 256,
+        "E_mean": (255 * e + 16 / 4 / 15) / 256,
+    }
     assert_close(score(PRED, GT), expected, 1e-12)
 
 
 def test_s_by_hand():
-    on_fg = 1.5 / (0.75 ** 2 + 1 + 0.5)                   # values 1 1 1 0: mean 3/4, sd 1/2
+    on_fg = 1.5 / (0.75**2 + 1 + 0.5)  # values 1 1 1 0: mean 3/4, sd 1/2
     on_bg = (22 / 12) / ((11 / 12) ** 2 + 1 + math.sqrt(1 / 12))
     s_object = on_fg / 4 + on_bg * 3 / 4
     # The centre (0.5, 0.5) rounds to 0: blocks of 1, 3, 3, 9 pixels, the first three are perfect,
@@ -132,18 +225,18 @@ def test_s_by_hand():
 def test_s_is_never_negative():
     gt = torch.zeros(8, 8, dtype=torch.bool)
     gt[2:6, 2:6] = True
-    assert score(~gt * 255, gt)["S"] == 0                 # the inverted mask, -.29 without max(0, )
+    assert score(~gt * 255, gt)["S"] == 0  # the inverted mask, -.29 without max(0, )
 
 
 def test_weighted_f_by_hand():
-    cost = 2 - 0.5 ** (1 / 5)                             # one wrong pixel at distance 1
+    cost = 2 - 0.5 ** (1 / 5)  # one wrong pixel at distance 1
     precision = 1 / (1 + cost)
     assert_close(score([[255, 255]], [[1, 0]]), {"wF": 2 * precision / (1 + precision)}, 1e-12)
 
 
 def test_curves_are_counted_at_every_threshold():
     pred, gt = random_pair(20, 30, 3)
-    pred[0, 0], pred[0, 1] = 0, 255                       # full range, so t = v / 255
+    pred[0, 0], pred[0, 1] = 0, 255  # full range, so t = v / 255
     metrics = Metrics()
     metrics.add(pred, gt)
     curves = metrics.curves()
@@ -152,12 +245,13 @@ def test_curves_are_counted_at_every_threshold():
         tp = (positive & gt).sum().item()
         precision, recall = tp / positive.sum().item(), tp / gt.sum().item()
         f = 1.3 * precision * recall / (0.3 * precision + recall) if tp else 0
-        assert [curves[name][i].item() for name in ("precision", "recall", "F")] \
-            == pytest.approx([precision, recall, f], abs=1e-12)
+        assert [curves[name][i].item() for name in ("precision", "recall", "F")] == pytest.approx(
+            [precision, recall, f], abs=1e-12
+        )
 
 
 def test_level_equal_to_the_adaptive_threshold_is_positive():
-    pred = [[255, 85, 0, 0, 0, 0, 0, 0]]                  # 2 mean = 2 * 340 / 8 = 85
+    pred = [[255, 85, 0, 0, 0, 0, 0, 0]]  # 2 mean = 2 * 340 / 8 = 85
     found = score(pred, [[1, 1, 0, 0, 0, 0, 0, 0]])
     assert_close(found, {"F_adp": 1.0, "E_adp": 8 / 7})
     # 2 mean = 2 * 11 / 11 = 2; PySODMetrics gives .8125, its 2 * mean(t) being above 2 / 9
@@ -178,17 +272,17 @@ def test_curve_levels_are_truncated_like_the_reference():
     """Level 2 in 1..86 has 255 t = 3, but PySODMetrics computes 2.99.. and truncates it to 2."""
     metrics = Metrics()
     metrics.add(torch.tensor([[1, 2, 86]], dtype=torch.uint8), torch.tensor([[False, True, False]]))
-    assert metrics.curves()["recall"][255 - 3:].tolist() == [0, 1, 1, 1]
+    assert metrics.curves()["recall"][255 - 3 :].tolist() == [0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("value", [7, 14, 30, 200])      # n t / n != t for some of them
+@pytest.mark.parametrize("value", [7, 14, 30, 200])  # n t / n != t for some of them
 def test_constant_map_has_no_variance_in_any_block(value):
     gt = torch.zeros(99, 97, dtype=torch.bool)
-    gt[10:30, 10:30] = gt[69:89, 67:87] = True            # the top left block is 50 x 49
+    gt[10:30, 10:30] = gt[69:89, 67:87] = True  # the top left block is 50 x 49
     m, area = value / 255, 99 * 97
     share = 800 / area
     s_object = share * 2 * m / (m * m + 1) + (1 - share) * 2 * (1 - m) / ((1 - m) ** 2 + 1)
-    s_region = (50 * 48 + 49 * 49) / area                 # 1 in the two blocks without foreground
+    s_region = (50 * 48 + 49 * 49) / area  # 1 in the two blocks without foreground
     assert_close(score(torch.full((99, 97), value), gt), {"S": (s_object + s_region) / 2})
 
 
@@ -196,8 +290,9 @@ def test_empty_and_full_masks():
     pred = torch.tensor([[0, 255, 255, 255]], dtype=torch.uint8)
     empty, full = torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
     assert_close(score(pred, empty), {"S": 0.25, "E_adp": 1 / 3, "F_max": 0, "wF": 0, "IoU": 0})
-    assert_close(score(pred, full), {"S": 0.75, "E_adp": 3 / 3, "F_adp": 1.3 * 0.75 / 1.05,
-                                     "IoU": 0.75})
+    assert_close(
+        score(pred, full), {"S": 0.75, "E_adp": 3 / 3, "F_adp": 1.3 * 0.75 / 1.05, "IoU": 0.75}
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (1, 9), (9, 1), (2, 2), (7, 5)])
@@ -226,8 +321,10 @@ def weighted_f_by_definition(pred, gt):
     fg = [(y, x) for y in range(h) for x in range(w) if gt[y, x]]
     t, g = (pred.double() / 255).tolist(), gt.int().tolist()
     error = {(y, x): abs(t[y][x] - g[y][x]) for y in range(h) for x in range(w)}
-    nearest = {(y, x): min(fg, key=lambda p: ((p[0] - y) ** 2 + (p[1] - x) ** 2, p[1], p[0]))
-               for y, x in error}
+    nearest = {
+        (y, x): min(fg, key=lambda p: ((p[0] - y) ** 2 + (p[1] - x) ** 2, p[1], p[0]))
+        for y, x in error
+    }
     weight = {(i, j): math.exp(-(i * i + j * j) / 50) for i in range(-3, 4) for j in range(-3, 4)}
     total = sum(weight.values())
     cost_fg = cost_bg = 0
@@ -243,11 +340,21 @@ def weighted_f_by_definition(pred, gt):
     return 2 * recall * precision / (recall + precision)
 
 
-@pytest.mark.parametrize("h, w, share", [(14, 17, 0.4), (17, 14, 0.05), (23, 21, 0.01), (9, 9, 1.0),
-                                         (1, 30, 0.1), (30, 1, 0.1), (26, 19, 0.15)])
+@pytest.mark.parametrize(
+    "h, w, share",
+    [
+        (14, 17, 0.4),
+        (17, 14, 0.05),
+        (23, 21, 0.01),
+        (9, 9, 1.0),
+        (1, 30, 0.1),
+        (30, 1, 0.1),
+        (26, 19, 0.15),
+    ],
+)
 def test_weighted_f_by_definition(h, w, share):
     pred, gt = random_pair(h, w, h * w, share)
-    gt[h // 2, w // 3] = gt[0, 0] = True                  # the rows above the first do not exist
+    gt[h // 2, w // 3] = gt[0, 0] = True  # the rows above the first do not exist
     expected = weighted_f_by_definition(pred, gt)
     assert weighted_f(pred, gt, 0, 255) == pytest.approx(expected, abs=1e-12)
 
@@ -282,13 +389,20 @@ def test_flips_and_transposition():
     for axes in ((0,), (1,), (0, 1)):
         flipped = score(pred.flip(axes), gt.flip(axes))
         assert_close(flipped, {k: base[k] for k in NAMES if k not in ("S", "wF")}, 1e-12)
-    turned = score(pred.T, gt.T)                          # blocks change places, ties their winner
+    turned = score(pred.T, gt.T)  # blocks change places, ties their winner
     assert_close(turned, {k: base[k] for k in NAMES if k != "wF"}, 1e-12)
     assert turned["wF"] == pytest.approx(base["wF"], abs=1e-3)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device"))])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+        ),
+    ],
+)
 def test_a_batch_equals_single_images(device):
     pairs = [pair(kind) for kind in ("two", "thin", "narrow", "binary", "noise", "soft")]
     pairs.append((pairs[0][0], torch.zeros_like(pairs[0][1])))
@@ -300,7 +414,7 @@ def test_a_batch_equals_single_images(device):
         assert torch.equal(values, batch.per_image()[name]), name
     assert single.scores() == batch.scores()
     alone = torch.cat([count(pred[None], gt[None]) for pred, gt in pairs])
-    for times in (1, 3):                                  # as on a GPU; 16 and more in int32
+    for times in (1, 3):  # as on a GPU; 16 and more in int32
         together = count(*(torch.stack(x * times).to(device) for x in zip(*pairs)))
         assert torch.equal(together, alone.repeat(times, 1, 1, 1))
 
@@ -317,7 +431,7 @@ def test_merge_in_any_order_and_across_processes():
         b.merge(pickle.loads(pickle.dumps(part)))
     assert_close(a.scores(), b.scores(), 1e-12)
     assert a.per_image()["S"].tolist() == b.per_image()["S"].flip(0).tolist()
-    a.merge(Metrics())                                    # a process may have had no image
+    a.merge(Metrics())  # a process may have had no image
     assert a.scores()["n"] == 3
     for other in (Metrics(stretch=False), Metrics(wf=False)):
         with pytest.raises(ValueError, match="options"):
@@ -349,8 +463,13 @@ def test_to_uint8_rounds():
 
 def test_wrong_tensors():
     pred, gt = pair("soft")
-    for bad in ((pred.float(), gt), (pred, gt.byte()), (pred[1:], gt), (pred[:0], gt[:0]),
-                (pred[None, None], gt[None, None])):
+    for bad in (
+        (pred.float(), gt),
+        (pred, gt.byte()),
+        (pred[1:], gt),
+        (pred[:0], gt[:0]),
+        (pred[None, None], gt[None, None]),
+    ):
         with pytest.raises(ValueError, match="uint8 and bool"):
             Metrics().add(*bad)
     with pytest.raises(ValueError, match="below 16000"):
@@ -381,8 +500,11 @@ def test_tables():
 
 
 def test_the_best_of_each_column_is_bold():
-    rivals = {"A": dict.fromkeys(NAMES, 0.5) | {"n": 7}, "B": dict.fromkeys(NAMES, 0.6) | {"n": 7},
-              "C": dict.fromkeys(NAMES, 0.6001) | {"n": 7}}                   # shown like B
+    rivals = {
+        "A": dict.fromkeys(NAMES, 0.5) | {"n": 7},
+        "B": dict.fromkeys(NAMES, 0.6) | {"n": 7},
+        "C": dict.fromkeys(NAMES, 0.6001) | {"n": 7},
+    }  # shown like B
     best = {"A": ["MAE"], "B": NAMES[1:], "C": NAMES[1:]}
     for style, form in (("markdown", "**{}**"), ("latex", r"\textbf{{{}}}"), ("text", "{}")):
         lines = table(rivals, style, mark_best=True).splitlines()
@@ -394,7 +516,7 @@ def test_the_best_of_each_column_is_bold():
     for scores in rivals.values():
         scores["wF"] = None
     assert "**-**" not in table(rivals, "markdown", mark_best=True)
-    assert "**" not in table(rivals, "markdown")          # rows may be data sets
+    assert "**" not in table(rivals, "markdown")  # rows may be data sets
 
 
 def curve(value):
@@ -407,8 +529,11 @@ def test_curves_are_drawn_where_they_belong(tmp_path):
     rows = {"a & b": low} | {f"row {i}": curve(1.0) for i in range(8)}
     write_curves(tmp_path / "c.svg", rows)
     root = ElementTree.parse(tmp_path / "c.svg").getroot()
-    lines = [line for line in root.iter("{http://www.w3.org/2000/svg}polyline")
-             if line.get("points").count(",") == 256]
+    lines = [
+        line
+        for line in root.iter("{http://www.w3.org/2000/svg}polyline")
+        if line.get("points").count(",") == 256
+    ]
     assert len(lines) == 3 * 9
     for line, left in zip(lines[::9], (45, 405, 765)):
         points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
@@ -453,8 +578,12 @@ def test_folders_and_files(folders, tmp_path, capsys):
     main([*map(str, folders), "--json", str(tmp_path / "s.json"), "--csv", str(tmp_path / "s.csv")])
     written = json.loads((tmp_path / "s.json").read_text())
     assert " ".join(written) == "n MAE F_mean F_adp F_max E_mean E_adp E_max S wF IoU options"
-    assert written["options"] == {"gt_rule": "128", "stretch": True, "resize": "bilinear",
-                                  "empty": "keep"}
+    assert written["options"] == {
+        "gt_rule": "128",
+        "stretch": True,
+        "resize": "bilinear",
+        "empty": "keep",
+    }
     average = [sum(REFERENCE[kind][i] for kind in KINDS) / 3 for i in range(len(NAMES))]
     assert_close(written, {k: v for k, v in zip(NAMES, average) if not k.endswith("_max")})
     with open(tmp_path / "s.csv", newline="") as file:
@@ -476,8 +605,13 @@ def test_report_names_every_problem(folders, capsys):
     metrics, names, report = evaluate_folders(pred, gt)
     assert names == ["binary", "nothing"] and metrics.scores()["n"] == 2
     assert "soft.png (not a picture)" in report.pop("unreadable")[0]
-    assert report == {"missing": ["video/two"], "extra": ["other"], "resized": ["nothing"],
-                      "empty mask": ["nothing"], "constant map": ["nothing"]}
+    assert report == {
+        "missing": ["video/two"],
+        "extra": ["other"],
+        "resized": ["nothing"],
+        "empty mask": ["nothing"],
+        "constant map": ["nothing"],
+    }
     assert evaluate_folders(pred, gt, empty="skip")[1] == ["binary"]
 
     out = pred.parent / "s.json"
@@ -492,7 +626,7 @@ def test_report_names_every_problem(folders, capsys):
 def test_processes_and_threads_give_the_same(folders, monkeypatch):
     (folders[0] / "soft.png").write_bytes(b"not an image")
     metrics, *found = evaluate_folders(*folders)
-    monkeypatch.setattr(sys, "platform", "elsewhere")     # where forking is not safe
+    monkeypatch.setattr(sys, "platform", "elsewhere")  # where forking is not safe
     others, *expected = evaluate_folders(*folders)
     assert found == expected and metrics.scores() == others.scores()
 
@@ -511,7 +645,7 @@ def test_foreground_rule(folders):
     ramp = np.array([[0, 100, 128, 129, 255]], np.uint8)
     save(gt / "soft.png", ramp)
     save(pred / "soft.png", np.array([[0, 0, 0, 255, 255]], np.uint8))
-    assert evaluate_folders(pred, gt)[0].scores()["IoU"] == 1         # 128 itself is background
+    assert evaluate_folders(pred, gt)[0].scores()["IoU"] == 1  # 128 itself is background
     assert evaluate_folders(pred, gt, gt_rule="half")[0].scores()["IoU"] == pytest.approx(2 / 3)
     save(gt / "soft.png", ramp // 129)
     assert evaluate_folders(pred, gt)[2]["empty mask"] == ["soft"]
@@ -563,10 +697,20 @@ def test_names_that_cannot_be_encoded(folders, tmp_path):
     (gt / os.fsdecode(b"\xe9.png")).write_bytes((gt / "soft.png").read_bytes())
     (gt / "\u663e.png").write_bytes((gt / "soft.png").read_bytes())
     (pred / os.fsdecode(b"\xe9.png")).write_bytes((pred / "soft.png").read_bytes())
-    done = subprocess.run([sys.executable, "-m", "common.metrics", *map(str, folders), "--csv",
-                           str(tmp_path / "s.csv"), "--allow-missing"], capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": "cp1252"},
-                          cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "common.metrics",
+            *map(str, folders),
+            "--csv",
+            str(tmp_path / "s.csv"),
+            "--allow-missing",
+        ],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        cwd=Path(__file__).parents[1],
+    )
     assert done.returncode == 0, done.stderr
     assert rb"1 missing: \u663e" in done.stdout and rb"\udce9" in (tmp_path / "s.csv").read_bytes()
 
@@ -599,8 +743,11 @@ def test_bad_folders(folders, tmp_path):
 def test_all_image_modes_are_read(tmp_path):
     grey = np.array([[0, 255], [255, 0]], np.uint8)
     for mode in ("L", "1", "P", "RGB", "RGBA", "LA", "I;16"):
-        image = Image.fromarray(grey).convert(mode) if mode != "I;16" \
+        image = (
+            Image.fromarray(grey).convert(mode)
+            if mode != "I;16"
             else Image.fromarray(grey.astype(np.uint16) * 257)
+        )
         image.save(tmp_path / "x.png")
         assert np.array_equal(np.asarray(load_grey(tmp_path / "x.png")), grey), mode
     Image.fromarray(np.array([[1000, 30000]], np.uint16)).save(tmp_path / "x.png")

@@ -1,4 +1,5 @@
 """COCO's panoptic annotations: ids, void, crowds, and what bad files say."""
+
 import json
 import subprocess
 import sys
@@ -8,26 +9,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.panoptic import Panoptic, decode_ids, encode_ids
 from common.runtime import UserError
+from data.panoptic import Panoptic, decode_ids, encode_ids
 
 ROOT = Path(__file__).parent.parent
 IDS = np.array([[5, 5, 0, 0], [5, 70000, 70000, 0], [16777215, 16777215, 70000, 0]])  # [3, 4]
-CATEGORIES = [{"id": 1, "name": "person", "isthing": 1, "supercategory": "person"},
-              {"id": 17, "name": "cat", "isthing": 1, "supercategory": "animal"},
-              {"id": 187, "name": "sky-other-merged", "isthing": 0, "supercategory": "sky"}]
-SEGMENTS = [{"id": 70000, "category_id": 17, "iscrowd": 1, "area": 3, "bbox": [1, 1, 2, 2]},
-            {"id": 5, "category_id": 187, "iscrowd": 0, "area": 3, "bbox": [0, 0, 2, 2]},
-            {"id": 16777215, "category_id": 1, "iscrowd": 0, "area": 2, "bbox": [0, 2, 2, 1]}]
+CATEGORIES = [
+    {"id": 1, "name": "person", "isthing": 1, "supercategory": "person"},
+    {"id": 17, "name": "cat", "isthing": 1, "supercategory": "animal"},
+    {"id": 187, "name": "sky-other-merged", "isthing": 0, "supercategory": "sky"},
+]
+SEGMENTS = [
+    {"id": 70000, "category_id": 17, "iscrowd": 1, "area": 3, "bbox": [1, 1, 2, 2]},
+    {"id": 5, "category_id": 187, "iscrowd": 0, "area": 3, "bbox": [0, 0, 2, 2]},
+    {"id": 16777215, "category_id": 1, "iscrowd": 0, "area": 2, "bbox": [0, 2, 2, 1]},
+]
 
 
 def annotations(stems=("000000000009",)) -> dict:
     """The JSON of images that are all 4 wide and 3 high, with the segments above."""
-    return {"categories": CATEGORIES,
-            "images": [{"id": int(s), "file_name": f"{s}.jpg", "height": 3, "width": 4}
-                       for s in stems],
-            "annotations": [{"image_id": int(s), "file_name": f"{s}.png",
-                             "segments_info": SEGMENTS} for s in stems]}
+    return {
+        "categories": CATEGORIES,
+        "images": [{"id": int(s), "file_name": f"{s}.jpg", "height": 3, "width": 4} for s in stems],
+        "annotations": [
+            {"image_id": int(s), "file_name": f"{s}.png", "segments_info": SEGMENTS} for s in stems
+        ],
+    }
 
 
 def make(root: Path, content: dict | None = None, home: str = "annotations") -> Path:
@@ -52,9 +59,19 @@ def error(call, *args) -> str:
 
 
 # ---- Ids -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("colour, number", [
-    ((0, 0, 0), 0), ((1, 0, 0), 1), ((0, 1, 0), 256), ((0, 0, 1), 65536), ((255, 0, 0), 255),
-    ((255, 255, 0), 65535), ((12, 34, 56), 3678732), ((255, 255, 255), 2 ** 24 - 1)])
+@pytest.mark.parametrize(
+    "colour, number",
+    [
+        ((0, 0, 0), 0),
+        ((1, 0, 0), 1),
+        ((0, 1, 0), 256),
+        ((0, 0, 1), 65536),
+        ((255, 0, 0), 255),
+        ((255, 255, 0), 65535),
+        ((12, 34, 56), 3678732),
+        ((255, 255, 255), 2**24 - 1),
+    ],
+)
 def test_ids_by_hand(colour, number):
     pixels = np.array([[colour]], np.uint8)
     assert decode_ids(pixels).tolist() == [[number]]
@@ -75,12 +92,16 @@ def test_scene_of_things_stuff_crowd_and_void(tmp_path, home):
     assert [tuple(s) for s in scenes.segments(0)] == [
         (70000, "cat", True, True, 3, (1, 1, 2, 2)),
         (5, "sky-other-merged", False, False, 3, (0, 0, 2, 2)),
-        (16777215, "person", True, False, 2, (0, 2, 2, 1))]
+        (16777215, "person", True, False, 2, (0, 2, 2, 1)),
+    ]
     labels = scenes.labels(0)
     assert labels.dtype == np.uint16
     assert labels.tolist() == [[2, 2, 0, 0], [2, 1, 1, 0], [3, 3, 1, 0]]
     assert scenes.mask(0, [70000, 16777215]).tolist() == [
-        [0, 0, 0, 0], [0, 255, 255, 0], [255, 255, 255, 0]]
+        [0, 0, 0, 0],
+        [0, 255, 255, 0],
+        [255, 255, 255, 0],
+    ]
     assert scenes.mask(0, []).max() == 0  # void is never chosen
     sample = scenes[0]
     assert sample["image"].shape == (3, 3, 4) and sample["size"] == (3, 4)
@@ -109,11 +130,15 @@ def test_what_is_missing_is_named(tmp_path):
     assert "none of the 1 photos" in error(Panoptic, tmp_path, "val2017")
 
 
-@pytest.mark.parametrize("pixels, said", [
-    (IDS[:, :3], "RGB picture of 3 x 3 pixels, not RGB of 4 x 3"),
-    (np.where(IDS == 5, 6, IDS), "id 6, 5 in the picture only"),
-    (np.where(IDS == 5, 0, IDS), "id 5 in panoptic_val2017.json only"),
-    (np.where(IDS == 0, 16777214, IDS), "id 16777214 in the picture only")])
+@pytest.mark.parametrize(
+    "pixels, said",
+    [
+        (IDS[:, :3], "RGB picture of 3 x 3 pixels, not RGB of 4 x 3"),
+        (np.where(IDS == 5, 6, IDS), "id 6, 5 in the picture only"),
+        (np.where(IDS == 5, 0, IDS), "id 5 in panoptic_val2017.json only"),
+        (np.where(IDS == 0, 16777214, IDS), "id 16777214 in the picture only"),
+    ],
+)
 def test_a_png_of_another_image_is_refused(tmp_path, pixels, said):
     scenes = Panoptic(make(tmp_path), "val2017")
     path = tmp_path / "annotations/panoptic_val2017/000000000009.png"
@@ -142,9 +167,16 @@ def test_a_photo_of_another_size_is_refused(tmp_path):
 def test_a_malformed_json_is_refused(tmp_path):
     make(tmp_path)
     path = tmp_path / "annotations/panoptic_val2017.json"
-    for text in ("", "{", "[]", "null", '{"images": []}', "[" * 100_000,
-                 json.dumps(annotations() | {"annotations": [{"image_id": 1}]}),
-                 json.dumps(annotations() | {"categories": [{"id": 1, "name": "cat"}]})):
+    for text in (
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"images": []}',
+        "[" * 100_000,
+        json.dumps(annotations() | {"annotations": [{"image_id": 1}]}),
+        json.dumps(annotations() | {"categories": [{"id": 1, "name": "cat"}]}),
+    ):
         path.write_text(text)
         assert "does not hold panoptic annotations" in error(Panoptic, tmp_path, "val2017")
     for segment in ({}, SEGMENTS[0] | {"category_id": 99}, SEGMENTS[0] | {"bbox": None}, 3):
@@ -168,24 +200,31 @@ def test_file_names_cannot_leave_their_folder(tmp_path, where, key):
 def test_a_json_of_118287_images_opens_in_seconds_and_4_gb(tmp_path):
     make(tmp_path)
     path, count = tmp_path / "annotations/panoptic_val2017.json", 118_287
-    image = ('{"license": 3, "file_name": "%012d.jpg", "coco_url": "http://images.cocodataset.org'
-             '/train2017/%012d.jpg", "height": 427, "width": 640, "date_captured": "2013-11-14", '
-             '"flickr_url": "http://farm7.staticflickr.com/6116/6255_da26cf2c9e_z.jpg", "id": %d}')
-    segment = ('{"id": %d, "category_id": 1, "iscrowd": 0, "bbox": [%d, 158, 253, 1380], '
-               '"area": 28400}')
+    image = (
+        '{"license": 3, "file_name": "%012d.jpg", "coco_url": "http://images.cocodataset.org'
+        '/train2017/%012d.jpg", "height": 427, "width": 640, "date_captured": "2013-11-14", '
+        '"flickr_url": "http://farm7.staticflickr.com/6116/6255_da26cf2c9e_z.jpg", "id": %d}'
+    )
+    segment = (
+        '{"id": %d, "category_id": 1, "iscrowd": 0, "bbox": [%d, 158, 253, 1380], "area": 28400}'
+    )
     with open(path, "w") as file:
         file.write('{"info": {}, "licenses": [], "images": [')
         file.write(", ".join(image % (n, n, n) for n in range(count)) + '], "annotations": [')
         for n in range(count):
             segments = ", ".join(segment % (16 * n + k, 300 + n % 300) for k in range(11))
-            file.write(", " * (n > 0) + f'{{"segments_info": [{segments}], '
-                       f'"file_name": "{n:012d}.png", "image_id": {n}}}')
+            file.write(
+                ", " * (n > 0) + f'{{"segments_info": [{segments}], '
+                f'"file_name": "{n:012d}.png", "image_id": {n}}}'
+            )
         file.write(f'], "categories": {json.dumps(CATEGORIES)}}}')
     for n in (9, 4711, count - 1):
         Image.new("RGB", (4, 3)).save(tmp_path / "val2017" / f"{n:012d}.jpg")
-    code = ("import resource, sys, time; from common.panoptic import Panoptic; start = time.time();"
-            f"s = Panoptic({str(tmp_path)!r}, 'val2017'); print(len(s), s.segments(2)[10].id,"
-            "time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    code = (
+        "import resource, sys, time; from data.panoptic import Panoptic; start = time.time();"
+        f"s = Panoptic({str(tmp_path)!r}, 'val2017'); print(len(s), s.segments(2)[10].id,"
+        "time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     photos, number, seconds, kilobytes = shown.stdout.split()
     assert (int(photos), int(number)) == (3, 16 * (count - 1) + 10)

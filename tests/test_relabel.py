@@ -1,4 +1,5 @@
 """The caption vote rule by rule, the choices on the disk, and the tiny panoptic set."""
+
 import json
 import os
 import shutil
@@ -14,11 +15,20 @@ from PIL import Image
 
 from common.bank import Bank
 from common.datasets import open_set
-from common.panoptic import Panoptic, Segment, decode_ids
 from common.runtime import UserError
 from data import panoptic_shapes, relabel
-from data.relabel import (Choices, count_votes, judge, mean_saliency, mentioned, plural, read_words,
-                          score, verdict_on_image)
+from data.panoptic import Panoptic, Segment, decode_ids
+from data.relabel import (
+    Choices,
+    count_votes,
+    judge,
+    mean_saliency,
+    mentioned,
+    plural,
+    read_words,
+    score,
+    verdict_on_image,
+)
 
 ROOT = Path(__file__).parent.parent
 THINGS = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
@@ -35,8 +45,12 @@ OTHER_STUFF = ["sky-other-merged", "grass-merged", "sea", "road", "table-merged"
 
 class Coco:
     """What `read_words` asks of a panoptic set: COCO's categories."""
-    categories = dict(enumerate([(name, True) for name in THINGS]
-                                + [(name, False) for name in STUFF + OTHER_STUFF]))
+
+    categories = dict(
+        enumerate(
+            [(name, True) for name in THINGS] + [(name, False) for name in STUFF + OTHER_STUFF]
+        )
+    )
 
 
 WORDS = read_words(Coco)
@@ -75,26 +89,45 @@ def error(call, *args) -> str:
 
 # ---- Rules 1 and 2: what captions mention ----------------------------------------------------
 def test_plurals():
-    assert [plural(word) for word in ("dog", "bench", "bus", "box", "puppy", "boy", "stop sign")] \
-        == ["dogs", "benches", "buses", "boxes", "puppies", "boys", "stop signs"]
+    assert [
+        plural(word) for word in ("dog", "bench", "bus", "box", "puppy", "boy", "stop sign")
+    ] == ["dogs", "benches", "buses", "boxes", "puppies", "boys", "stop signs"]
 
 
-@pytest.mark.parametrize("caption, categories", [
-    ("A man riding a horse.", "person, horse"),
-    ("Two MEN, three women & a child's puppies", "person, dog"),
-    ("a jet above people", "airplane, person"), ("The sofa; a television", "couch, tv"),
-    ("a hot dog on a plate", "hot dog"), ("two hot dogs for a dog", "hot dog, dog"),
-    ("a teddy bear beside a bear", "teddy bear, bear"), ("a baby elephant", "elephant"),
-    ("train tracks and flower pots", ""), ("mickey mouse ears", ""),
-    ("a train at the train station", "train"), ("people at a train station", "person"),
-    ("a skier on a ski slope", "person"), ("skis on a snowy hill", "skis"),
-    ("a baseball player swings a bat", "person, baseball bat"), ("a baseball", "sports ball"),
-    ("an orange cat", "cat"), ("a bowl of oranges", "bowl, orange"),
-    ("a man with glasses", "person"), ("two wine glasses", "wine glass"),
-    ("a glass", "cup, wine glass"), ("a bag", "backpack, handbag, suitcase"),
-    ("a couple of dogs", "dog"), ("a couple with a dog", "person, dog"),
-    ("knives, mice and geese", "knife, mouse, bird"), ("a coffee table", ""),
-    ("a bouquet under a blue sky on the grass", "flower"), ("a category", ""), ("", "")])
+@pytest.mark.parametrize(
+    "caption, categories",
+    [
+        ("A man riding a horse.", "person, horse"),
+        ("Two MEN, three women & a child's puppies", "person, dog"),
+        ("a jet above people", "airplane, person"),
+        ("The sofa; a television", "couch, tv"),
+        ("a hot dog on a plate", "hot dog"),
+        ("two hot dogs for a dog", "hot dog, dog"),
+        ("a teddy bear beside a bear", "teddy bear, bear"),
+        ("a baby elephant", "elephant"),
+        ("train tracks and flower pots", ""),
+        ("mickey mouse ears", ""),
+        ("a train at the train station", "train"),
+        ("people at a train station", "person"),
+        ("a skier on a ski slope", "person"),
+        ("skis on a snowy hill", "skis"),
+        ("a baseball player swings a bat", "person, baseball bat"),
+        ("a baseball", "sports ball"),
+        ("an orange cat", "cat"),
+        ("a bowl of oranges", "bowl, orange"),
+        ("a man with glasses", "person"),
+        ("two wine glasses", "wine glass"),
+        ("a glass", "cup, wine glass"),
+        ("a bag", "backpack, handbag, suitcase"),
+        ("a couple of dogs", "dog"),
+        ("a couple with a dog", "person, dog"),
+        ("knives, mice and geese", "knife, mouse, bird"),
+        ("a coffee table", ""),
+        ("a bouquet under a blue sky on the grass", "flower"),
+        ("a category", ""),
+        ("", ""),
+    ],
+)
 def test_words(caption, categories):
     assert mentioned(caption, WORDS) == set(filter(None, categories.split(", ")))
 
@@ -120,8 +153,14 @@ def test_a_caption_votes_once():
 SIZE = (100, 200)  # 20,000 pixels
 
 
-def segment(number: int, category: str = "dog", area: int = 2000, box=(80, 30, 40, 40),
-            thing: bool = True, crowd: bool = False) -> Segment:
+def segment(
+    number: int,
+    category: str = "dog",
+    area: int = 2000,
+    box=(80, 30, 40, 40),
+    thing: bool = True,
+    crowd: bool = False,
+) -> Segment:
     return Segment(number, category, thing, crowd, area, box)
 
 
@@ -143,7 +182,7 @@ def test_rule_2_stuff():
 def test_rule_3_crowds_small_ones_and_relatives():
     assert verdicts(segment(1, crowd=True), segment(2), dog=5) == ["crowd", "chosen"]
     assert verdicts(segment(1, area=99), dog=5) == ["small"]
-    assert verdicts(segment(1, area=100), dog=5) == ["chosen"]           # 0.5 % of the image
+    assert verdicts(segment(1, area=100), dog=5) == ["chosen"]  # 0.5 % of the image
     # the largest counts among what is left: a crowd does not make others small
     herd = segment(1, area=4000), segment(2, area=799), segment(3, area=800)
     assert verdicts(*herd, dog=5)[1] == "small for its kind"
@@ -168,10 +207,10 @@ def test_rule_4_saliency_maps():
 
 def test_rule_5_score_by_hand():
     # centre (100, 50): no distance; 3 votes, a tenth of the image
-    assert score(segment(1), 3, SIZE) == pytest.approx(3 * 0.1 ** 0.5)
+    assert score(segment(1), 3, SIZE) == pytest.approx(3 * 0.1**0.5)
     # centre (150, 75): a quarter of the image off in x and in y is half of the half diagonal
-    assert score(segment(1, box=(140, 65, 20, 20)), 3, SIZE) == pytest.approx(3 * 0.1 ** 0.5 * 0.75)
-    assert score(segment(1, box=(0, 0, 0, 0)), 1, SIZE) == pytest.approx(0.1 ** 0.5 * 0.5)
+    assert score(segment(1, box=(140, 65, 20, 20)), 3, SIZE) == pytest.approx(3 * 0.1**0.5 * 0.75)
+    assert score(segment(1, box=(0, 0, 0, 0)), 1, SIZE) == pytest.approx(0.1**0.5 * 0.5)
 
 
 def test_rule_5_a_third_of_the_best():
@@ -193,7 +232,7 @@ def test_rule_6_the_image():
     assert verdict_on_image([segment(1, area=14_001)], SIZE) == "too large"
     three = segment(1, area=half, box=(0, 0, 200, 60))  # left, top, right
     assert verdict_on_image([three], SIZE) == "kept"
-    both = [three, segment(2, box=(80, 60, 40, 40))]    # and, by another segment, the bottom
+    both = [three, segment(2, box=(80, 60, 40, 40))]  # and, by another segment, the bottom
     assert verdict_on_image(both, SIZE) == "touches all borders"
 
 
@@ -217,16 +256,19 @@ def test_the_tiny_set_has_cocos_form(drawn):
     folder = drawn / "COCO/annotations"
     content = json.loads((folder / "panoptic_train2017.json").read_text())
     assert {"info", "licenses", "images", "annotations", "categories"} <= content.keys()
-    assert all(c.keys() == {"supercategory", "color", "isthing", "id", "name"}
-               for c in content["categories"])
+    assert all(
+        c.keys() == {"supercategory", "color", "isthing", "id", "name"}
+        for c in content["categories"]
+    )
     kinds = Counter()
     sizes = {(image["width"], image["height"]) for image in content["images"]}
     assert {(320, 240), (240, 320)} <= sizes
     for image, annotation in zip(content["images"], content["annotations"]):
         assert image["file_name"] == f"{image['id']:012d}.jpg"
         assert annotation.keys() == {"segments_info", "file_name", "image_id"}
-        ids = decode_ids(np.asarray(Image.open(
-            folder / "panoptic_train2017" / annotation["file_name"])))
+        ids = decode_ids(
+            np.asarray(Image.open(folder / "panoptic_train2017" / annotation["file_name"]))
+        )
         assert ids.shape == (image["height"], image["width"])
         photo = Image.open(drawn / "COCO/train2017" / image["file_name"])
         assert photo.format == "JPEG" and photo.size == (image["width"], image["height"])
@@ -234,8 +276,12 @@ def test_the_tiny_set_has_cocos_form(drawn):
             assert info.keys() == {"id", "category_id", "iscrowd", "bbox", "area"}
             rows, columns = np.nonzero(ids == info["id"])
             assert info["area"] == len(rows)
-            assert info["bbox"] == [columns.min(), rows.min(), np.ptp(columns) + 1,
-                                    np.ptp(rows) + 1]
+            assert info["bbox"] == [
+                columns.min(),
+                rows.min(),
+                np.ptp(columns) + 1,
+                np.ptp(rows) + 1,
+            ]
             kinds["crowd" if info["iscrowd"] else "other"] += 1
         kinds["void"] += (ids == 0).any()
     assert kinds["void"] == 24 and kinds["crowd"] > 3
@@ -271,8 +317,9 @@ def test_vote_finds_the_known_salient_objects(root):
         reasons = Counter(s["verdict"] for r in records.values() for s in r["segments"])
         assert {"chosen", "not mentioned", "crowd", "small"} <= reasons.keys()
         for name, choice in choices.made.items():
-            assert choice["chosen"] == sorted(s["id"] for s in records[name]["segments"]
-                                              if s["verdict"] == "chosen")
+            assert choice["chosen"] == sorted(
+                s["id"] for s in records[name]["segments"] if s["verdict"] == "chosen"
+            )
         assert Image.open(root / f"COCO/sod/vote-{split}.png").width == 6 * 160
 
 
@@ -311,8 +358,9 @@ def test_vote_with_maps_and_lists(root, capsys):
     for i, name in enumerate(scenes.names[:4]):  # the maps disagree with two images
         Image.fromarray(np.full(scenes.size(i), 255 * (i < 2), np.uint8)).save(maps / f"{name}.png")
     (root / "four.txt").write_text("\n".join(scenes.names[:4]))
-    relabel.main(["--data-root", str(root), "--auto", "--agree", str(maps),
-                  "--only", str(root / "four.txt")])
+    relabel.main(
+        ["--data-root", str(root), "--auto", "--agree", str(maps), "--only", str(root / "four.txt")]
+    )
     shown = capsys.readouterr().out
     assert "images: 2 kept, 2 nothing chosen" in shown and "map disagrees" in shown
     assert sorted(Choices(scenes).made) == scenes.names[:2]
@@ -349,8 +397,10 @@ def test_masks_follow_the_choices(root):
         choices.save(i, ids[i][:1])
     (root / f"COCO/sod/masks/train2017/{names[0]}.png").unlink()  # lost
     before = mask_of(root, names[1])
-    for i, text in ((1, {"chosen": ids[1][1:2], "skipped": False, "by": "hand"}),  # edited by hand
-                    (2, {"chosen": [], "skipped": True, "by": "hand"})):
+    for i, text in (
+        (1, {"chosen": ids[1][1:2], "skipped": False, "by": "hand"}),  # edited by hand
+        (2, {"chosen": [], "skipped": True, "by": "hand"}),
+    ):
         path = root / f"COCO/sod/choices/train2017/{names[i]}.json"
         path.write_text(json.dumps(text))
         os.utime(path, (2e9 + i, 2e9 + i))
@@ -367,8 +417,16 @@ def test_malformed_choices_are_named(root):
     path = root / f"COCO/sod/choices/train2017/{scenes.names[0]}.json"
     path.parent.mkdir(parents=True)
     good = {"chosen": [scenes.segments(0)[0].id], "skipped": False, "by": "hand"}
-    for text in ("", "{", "[]", "{}", json.dumps(good | {"chosen": [1]}), "[" * 100_000,
-                 json.dumps(good | {"chosen": None}), json.dumps(good | {"by": "nobody"})):
+    for text in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        json.dumps(good | {"chosen": [1]}),
+        "[" * 100_000,
+        json.dumps(good | {"chosen": None}),
+        json.dumps(good | {"by": "nobody"}),
+    ):
         path.write_text(text)
         assert f"{scenes.names[0]}.json is not a choice" in error(Choices, scenes)
     path.write_text(json.dumps(good))
@@ -388,8 +446,9 @@ def test_coco_sod_opens_what_is_labelled(root):
     assert dataset.names == [name for i, name in enumerate(scenes.names) if i != 5]
     for i in (0, 5, 22):
         sample = dataset[i]
-        wanted = choices.scenes.mask(scenes.names.index(sample["name"]),
-                                     choices.made[sample["name"]]["chosen"])
+        wanted = choices.scenes.mask(
+            scenes.names.index(sample["name"]), choices.made[sample["name"]]["chosen"]
+        )
         assert torch.equal(sample["mask"][0], torch.from_numpy(wanted))
         assert len(sample["caption"]) == 5
     assert len(open_set("COCO-SOD-val", root)) == 6
@@ -400,7 +459,11 @@ def test_coco_sod_opens_what_is_labelled(root):
 
 
 def test_from_the_command_line(tmp_path):
-    lost = subprocess.run([sys.executable, "-m", "data.relabel", "--data-root", str(tmp_path)],
-                          cwd=ROOT, text=True, capture_output=True)
+    lost = subprocess.run(
+        [sys.executable, "-m", "data.relabel", "--data-root", str(tmp_path)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
     assert (lost.returncode, lost.stdout) == (1, "") and lost.stderr.count("\n") == 1
     assert "panoptic_train2017.json" in lost.stderr

@@ -1,4 +1,5 @@
 """The relabelling page's server: what it stores, what it refuses, and what it survives."""
+
 import http.client
 import json
 import re
@@ -16,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.panoptic import Panoptic
 from common.runtime import UserError
 from data import panoptic_shapes
+from data.panoptic import Panoptic
 from data.relabel import BODY, PAGE, Choices, Server, main
 
 ROOT = Path(__file__).parent.parent
@@ -86,8 +87,14 @@ def alive(server: Server) -> bool:
 def test_everything_the_page_asks_for(server, root):
     scenes = server.choices.scenes
     assert ask(server, "/")[1] == PAGE.read_bytes()
-    assert told(server, "/set") == {"title": "COCO train2017", "start": 0, "hand": 0, "vote": 0,
-                                    "skipped": 0, "count": 5}
+    assert told(server, "/set") == {
+        "title": "COCO train2017",
+        "start": 0,
+        "hand": 0,
+        "vote": 0,
+        "skipped": 0,
+        "count": 5,
+    }
     scene = told(server, "/scene/2")
     assert scene["name"] == "000000000003" and tuple(scene["size"]) == scenes.size(2)
     assert [s["id"] for s in scene["segments"]] == [s.id for s in scenes.segments(2)]
@@ -101,8 +108,11 @@ def test_everything_the_page_asks_for(server, root):
 
 def test_the_page_asks_nobody_else(server):
     page = PAGE.read_text()
-    assert not re.findall(r"https?://|//[a-z]+\.[a-z]|@import|url\(|<link[^>]*href=\"(?!data:)"
-                          r"|<script[^>]+src|<iframe|eval\(|innerHTML", page)
+    assert not re.findall(
+        r"https?://|//[a-z]+\.[a-z]|@import|url\(|<link[^>]*href=\"(?!data:)"
+        r"|<script[^>]+src|<iframe|eval\(|innerHTML",
+        page,
+    )
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
     connection.request("GET", "/")
     policy = connection.getresponse().getheader("Content-Security-Policy")
@@ -131,9 +141,13 @@ def test_a_killed_server_continues_where_it_stopped(root):
     def start() -> tuple[subprocess.Popen, SimpleNamespace]:
         process = subprocess.Popen(
             [sys.executable, "-m", "data.relabel", "--data-root", str(root), "--port", "0"],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
         return process, SimpleNamespace(server_port=int(found[1]))
+
     process, server = start()
     try:
         ids = [s["id"] for s in told(server, "/scene/3")["segments"]]
@@ -145,8 +159,14 @@ def test_a_killed_server_continues_where_it_stopped(root):
     process, server = start()
     try:
         assert told(server, "/scene/3")["chosen"] == sorted(ids[:2])
-        assert told(server, "/set") == {"title": "COCO train2017", "start": 3, "hand": 1,
-                                        "vote": 0, "skipped": 1, "count": 5}
+        assert told(server, "/set") == {
+            "title": "COCO train2017",
+            "start": 3,
+            "hand": 1,
+            "vote": 0,
+            "skipped": 1,
+            "count": 5,
+        }
     finally:
         process.kill()
         process.communicate()
@@ -155,6 +175,7 @@ def test_a_killed_server_continues_where_it_stopped(root):
 def test_control_c_stops_without_a_traceback(root, monkeypatch, capsys):
     def interrupt(server):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(Server, "serve_forever", interrupt)
     main(["--data-root", str(root), "--port", "0"])
     shown = capsys.readouterr().out
@@ -171,28 +192,66 @@ def test_it_listens_on_loopback_only(server):
         Server(server.choices, 70_000)
 
 
-@pytest.mark.parametrize("path", [
-    "/../secret.txt", "/../../secret.txt", "/..%2fsecret.txt", "/%2e%2e/secret.txt", "//etc/passwd",
-    "/etc/passwd", "/photo/../../secret.txt", "/photo/..", "/photo/", "/photo", "/photo/5",
-    "/photo/-1", "/photo/+1", "/photo/1.0", "/photo/0x1", "/photo/1?x=1", "/photo/1#a", "/photo/1/",
-    "/photo/000000000001.jpg", "/photo/1000000000000", "/photo/" + "9" * 5000, "/labels/1%00",
-    "/relabel.py", "/relabel.html", "/data/README.md", "/set/", "/?", "/.", "*",
-    "http://127.0.0.1/set", "file:///etc/passwd", "\\..\\secret.txt"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../secret.txt",
+        "/../../secret.txt",
+        "/..%2fsecret.txt",
+        "/%2e%2e/secret.txt",
+        "//etc/passwd",
+        "/etc/passwd",
+        "/photo/../../secret.txt",
+        "/photo/..",
+        "/photo/",
+        "/photo",
+        "/photo/5",
+        "/photo/-1",
+        "/photo/+1",
+        "/photo/1.0",
+        "/photo/0x1",
+        "/photo/1?x=1",
+        "/photo/1#a",
+        "/photo/1/",
+        "/photo/000000000001.jpg",
+        "/photo/1000000000000",
+        "/photo/" + "9" * 5000,
+        "/labels/1%00",
+        "/relabel.py",
+        "/relabel.html",
+        "/data/README.md",
+        "/set/",
+        "/?",
+        "/.",
+        "*",
+        "http://127.0.0.1/set",
+        "file:///etc/passwd",
+        "\\..\\secret.txt",
+    ],
+)
 def test_no_address_names_a_file(server, path):
     request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n"
     answer = raw(server, request.encode())
     assert answer.startswith(b"HTTP/1.1 404 ") and b"secret" not in answer.replace(
-        path.encode(), b"")
+        path.encode(), b""
+    )
     assert alive(server)
 
 
 def test_other_hosts_and_other_origins_are_refused(server):
     own = f"127.0.0.1:{server.server_port}"
     choice = {"chosen": [], "skipped": True}
-    for headers in ({"Host": "evil.example"}, {"Host": f"evil.example:{server.server_port}"},
-                    {"Host": "127.0.0.1:1"}, {"Host": "127.0.0.1"}, {"Host": ""},
-                    {"Host": own, "Origin": "http://evil.example"}, {"Origin": "null"},
-                    {"Origin": "http://127.0.0.1:1"}, {"Origin": f"https://{own}"}):
+    for headers in (
+        {"Host": "evil.example"},
+        {"Host": f"evil.example:{server.server_port}"},
+        {"Host": "127.0.0.1:1"},
+        {"Host": "127.0.0.1"},
+        {"Host": ""},
+        {"Host": own, "Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": f"https://{own}"},
+    ):
         assert ask(server, "/scene/0", headers=headers)[0] == 403, headers
         assert ask(server, "/scene/0", choice, headers)[0] == 403, headers
     assert raw(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 403 ")
@@ -206,12 +265,24 @@ def test_other_hosts_and_other_origins_are_refused(server):
 def test_only_choices_are_stored(server):
     good = server.choices.scenes.segments(0)[0].id
     strange = server.choices.scenes.segments(1)[0].id
-    for body in ({}, [], None, 3, "x", {"chosen": [good]}, {"skipped": True},
-                 {"chosen": [strange], "skipped": False}, {"chosen": [True], "skipped": False},
-                 {"chosen": [float(good)], "skipped": False}, {"chosen": good, "skipped": False},
-                 {"chosen": [[good]], "skipped": False}, {"chosen": [0], "skipped": False},
-                 {"chosen": [good], "skipped": 0}, {"chosen": [10 ** 400], "skipped": False},
-                 {"chosen": [good], "skipped": False, "by": "vote"}):
+    for body in (
+        {},
+        [],
+        None,
+        3,
+        "x",
+        {"chosen": [good]},
+        {"skipped": True},
+        {"chosen": [strange], "skipped": False},
+        {"chosen": [True], "skipped": False},
+        {"chosen": [float(good)], "skipped": False},
+        {"chosen": good, "skipped": False},
+        {"chosen": [[good]], "skipped": False},
+        {"chosen": [0], "skipped": False},
+        {"chosen": [good], "skipped": 0},
+        {"chosen": [10**400], "skipped": False},
+        {"chosen": [good], "skipped": False, "by": "vote"},
+    ):
         assert ask(server, "/scene/0", json.dumps(body).encode(), JSON)[0] == 400, body
     for body in (b"", b"{", b"\xff\xfe", b"NaN", b"[" * 50_000, b'{"a":' * 20_000):
         assert ask(server, "/scene/0", body, JSON)[0] == 400, body[:20]
@@ -221,15 +292,27 @@ def test_only_choices_are_stored(server):
     assert ask(server, "/set", text, JSON)[0] == ask(server, "/photo/0", text, JSON)[0] == 405
     assert ask(server, "/scene/5", text, JSON)[0] == 404
     assert not server.choices.made and alive(server)
-    assert ask(server, "/scene/0", text, {"Content-Type": "application/json; charset=utf-8"})[0] \
-        == 200
+    assert (
+        ask(server, "/scene/0", text, {"Content-Type": "application/json; charset=utf-8"})[0] == 200
+    )
 
 
 def test_oversized_bodies_are_refused_unread(server):
-    head = (f"POST /scene/0 HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
-            "Content-Type: application/json\r\n")
-    for length, status in ((BODY + 1, 413), (999_999_999, 413), (10 ** 30, 411), (-1, 411),
-                           ("+5", 411), ("5_0", 411), ("٣", 411), ("", 411), ("x", 411)):
+    head = (
+        f"POST /scene/0 HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+        "Content-Type: application/json\r\n"
+    )
+    for length, status in (
+        (BODY + 1, 413),
+        (999_999_999, 413),
+        (10**30, 411),
+        (-1, 411),
+        ("+5", 411),
+        ("5_0", 411),
+        ("٣", 411),
+        ("", 411),
+        ("x", 411),
+    ):
         answer = raw(server, f"{head}Content-Length: {length}\r\n\r\n".encode())
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()), (length, answer)
     assert raw(server, f"{head}\r\n".encode()).startswith(b"HTTP/1.1 411 ")
@@ -240,14 +323,25 @@ def test_oversized_bodies_are_refused_unread(server):
     assert not server.choices.made and alive(server)
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"\r\n\r\n", b"GET\r\n\r\n", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
-    b"\x00\xff\x16\x03", b"GET / HTTP/1.1 more\r\n\r\n", b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"\x80" * 70_000,
-    b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost",
-    b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n",
-    b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
-    b"GET / HTTP/1.1\r\n: no name\r\nnonsense\r\n\r\n"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x00\xff\x16\x03",
+        b"GET / HTTP/1.1 more\r\n\r\n",
+        b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x80" * 70_000,
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 300 + b"\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\n: no name\r\nnonsense\r\n\r\n",
+    ],
+)
 def test_malformed_requests_are_survived(server, data):
     try:
         answer = raw(server, data, half=True)
@@ -258,8 +352,10 @@ def test_malformed_requests_are_survived(server, data):
 
 
 def test_a_sender_that_stops_halfway_is_survived(server):
-    head = (f"POST /scene/0 HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
-            "Content-Type: application/json\r\nContent-Length: 50\r\n\r\n")
+    head = (
+        f"POST /scene/0 HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n"
+        "Content-Type: application/json\r\nContent-Length: 50\r\n\r\n"
+    )
     answer = raw(server, head.encode() + b'{"chosen": []', half=True)
     assert answer.startswith(b"HTTP/1.1 400 ") and not server.choices.made
     silent = socket.create_connection(("127.0.0.1", server.server_port))  # holds up nobody

@@ -1,4 +1,5 @@
 """Errors, files, random numbers and processes of common.runtime."""
+
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from common.runtime import UserError
 def test_generators_depend_on_their_key_alone():
     def draw(*key):
         return torch.rand(4, generator=runtime.generator("cpu", *key)).tolist()
+
     assert draw(0, "drop", 1) == draw(0, "drop", 1)
     keys = [(0, "drop", 1), (0, "drop", 2), (1, "drop", 1), (0, "flip", 1)]
     assert len({tuple(draw(*key)) for key in keys}) == 4
@@ -56,6 +58,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     def fail(part):
         part.write_text("half")
         raise RuntimeError
+
     with pytest.raises(RuntimeError):
         runtime.write_atomic(path, fail)
     assert runtime.load_checkpoint(path, "m") == {"method": "m", "stage": 1}
@@ -90,12 +93,15 @@ def test_load_state_accounts_for_every_key():
     good = {key: torch.ones_like(value) for key, value in net.state_dict().items()}
     runtime.load_state(net, {**good, "fc.weight": torch.ones(1)}, "f", surplus=("fc.",))
     assert (net[0].weight == 1).all()
-    del good["1.num_batches_tracked"]                                     # older files lack it
+    del good["1.num_batches_tracked"]  # older files lack it
     runtime.load_state(net, good, "f")
     bad = {**good, "0.weight": torch.ones(3, 3), "extra": torch.ones(1)}
     del bad["0.bias"]
-    with pytest.raises(UserError, match=r"1 missing \(0.bias\); 1 unexpected \(extra\); "
-                                        r"1 of another shape \(0.weight\)"):
+    with pytest.raises(
+        UserError,
+        match=r"1 missing \(0.bias\); 1 unexpected \(extra\); "
+        r"1 of another shape \(0.weight\)",
+    ):
         runtime.load_state(net, bad, "f")
 
 
@@ -107,7 +113,7 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path, capsys):
     runtime.Log(tmp_path, 4, done=2).epoch(3, 10, loss=30.0)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["epoch"], r["loss"]) for r in records] == [(1, 1), (2, 2), (3, 30)]
-    runtime.Log(tmp_path, 4)                                              # a new run starts afresh
+    runtime.Log(tmp_path, 4)  # a new run starts afresh
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
@@ -153,9 +159,19 @@ runtime.cli(main)  # leaves the group, without which a process may abort at its 
 def test_batchnorm_statistics_are_the_mean_of_all_processes(tmp_path):
     (tmp_path / "job.py").write_text(STATISTICS)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         tmp_path / "job.py"], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            tmp_path / "job.py",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (own0, mean0), (own1, mean1) = eval(done.stdout)
     assert own0 == pytest.approx(0, abs=0.05) and own1 == pytest.approx(10, abs=0.05)
@@ -171,6 +187,7 @@ def test_an_unusable_device_is_one_sentence():
 
 def test_picture_strip_places_pictures_in_rows(tmp_path):
     from PIL import Image
+
     runtime.picture_strip(tmp_path / "s.png", [[torch.ones(1, 8, 8), torch.zeros(3, 4, 4)]], 10)
     image = Image.open(tmp_path / "s.png")
     assert image.size == (20, 10)

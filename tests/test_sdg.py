@@ -1,4 +1,5 @@
 """The parts of sdg_sod.py: numbers by hand, brute force, invariances."""
+
 import math
 
 import numpy as np
@@ -7,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import sdg_sod
-from common import bank, captions
+from common import bank
 from common.backbones import backbone
-from common.captions import END, PAD, START
 from common.rivals import Affinity, ContextDecoder
 from common.runtime import UserError, World
-from common.shapes import NAMED, Shapes
+from data import captions
+from data.captions import END, PAD, START
+from data.shapes import NAMED, Shapes
 
 CHANNELS = (24, 48, 96, 128)
 WORDS = ["[PAD]", "[START]", "[END]", "a", "red", "star", "left", "right", "of", "disc"]
@@ -21,7 +23,7 @@ WORDS = ["[PAD]", "[START]", "[END]", "a", "red", "star", "left", "right", "of",
 @pytest.fixture(scope="module")
 def features():
     torch.manual_seed(0)
-    return [torch.rand(2, c, 32 // 2 ** i, 40 // 2 ** i) for i, c in enumerate(CHANNELS)]
+    return [torch.rand(2, c, 32 // 2**i, 40 // 2**i) for i, c in enumerate(CHANNELS)]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def captioner():
     torch.manual_seed(0)
     net = sdg_sod.Captioner(backbone("tiny"), len(WORDS), 64, layers=2, beam=1)
     for p in [*net.forwards.parameters(), net.words.weight, net.positions.weight]:
-        torch.nn.init.normal_(p, std=0.3)    # a random start hardly looks at the picture
+        torch.nn.init.normal_(p, std=0.3)  # a random start hardly looks at the picture
     return net.eval()
 
 
@@ -44,8 +46,8 @@ def net(name="mit_tiny", guidance=None, captioner=None):
 def test_attention_equals_equations_1_and_2_written_out():
     torch.manual_seed(0)
     attention, x = sdg_sod.Attention(8, 2, 2), torch.randn(1, 4, 6, 8)
-    patches = x[0].unflatten(0, (2, 2)).unflatten(2, (3, 2))             # [2, 2, 3, 2, 8]
-    patches = patches.permute(0, 2, 4, 1, 3).reshape(6, 8 * 4)           # Reshape(X, R), R = 4
+    patches = x[0].unflatten(0, (2, 2)).unflatten(2, (3, 2))  # [2, 2, 3, 2, 8]
+    patches = patches.permute(0, 2, 4, 1, 3).reshape(6, 8 * 4)  # Reshape(X, R), R = 4
     reduced = patches @ attention.sr.weight.flatten(1).T + attention.sr.bias
     reduced = F.layer_norm(reduced, (8,), attention.norm.weight, attention.norm.bias)
     k, v = attention.kv(reduced).chunk(2, 1)
@@ -74,8 +76,11 @@ def test_drop_path_grows_over_the_blocks():
 @pytest.mark.parametrize("kind", ["mlp", "literal", "psp", "aspp", "apc", "ann"])
 def test_every_decoder_gives_one_map_and_uses_what_it_should(kind, features):
     torch.manual_seed(0)
-    decoder = sdg_sod.MLPDecoder(CHANNELS, 16, kind == "literal") if kind in ("mlp", "literal") \
+    decoder = (
+        sdg_sod.MLPDecoder(CHANNELS, 16, kind == "literal")
+        if kind in ("mlp", "literal")
         else ContextDecoder(kind, CHANNELS, 16)
+    )
     inputs = [f.clone().requires_grad_() for f in features]
     out = decoder(inputs)
     expected = {"mlp": (32, 40), "literal": (32, 40), "ann": (4, 5)}.get(kind, (16, 20))
@@ -90,9 +95,9 @@ def test_every_decoder_gives_one_map_and_uses_what_it_should(kind, features):
 def test_affinity_equals_a_loop_over_pixels():
     torch.manual_seed(0)
     module, x = Affinity(6, 4, 2).eval(), torch.randn(1, 6, 4, 4)
-    regions = module.region(F.adaptive_avg_pool2d(x, 2)).flatten(2)[0]   # [4, 4]
+    regions = module.region(F.adaptive_avg_pool2d(x, 2)).flatten(2)[0]  # [4, 4]
     y = module.reduce(x)
-    w = module.weigh(y + y.mean((2, 3), keepdim=True))[0]                # [4 regions, 4, 4]
+    w = module.weigh(y + y.mean((2, 3), keepdim=True))[0]  # [4 regions, 4, 4]
     z = torch.zeros(1, 4, 4, 4)
     for i in range(4):
         for j in range(4):
@@ -119,13 +124,16 @@ def test_eq_3_by_hand():
     guidance = sdg_sod.Guidance((2,), [1], "max")
     guidance.xi["1"].weight.data = torch.tensor([[0.0, 1.0], [2.0, 0.0]]).view(2, 2, 1, 1)
     guidance.xi["1"].bias.data = torch.tensor([10.0, 20.0])
-    out = guidance([f], m)[0]                                # f * m = 1/3 2; 1 4
-    assert torch.allclose(out, torch.tensor([[[[1 + 1 + 10, 2 + 4 + 10]],
-                                              [[3 + 2 / 3 + 20, 4 + 4 + 20]]]]))
+    out = guidance([f], m)[0]  # f * m = 1/3 2; 1 4
+    assert torch.allclose(
+        out, torch.tensor([[[[1 + 1 + 10, 2 + 4 + 10]], [[3 + 2 / 3 + 20, 4 + 4 + 20]]]])
+    )
 
 
-@pytest.mark.parametrize("kind, expected", [("minmax", [0, 1 / 3, 1]), ("max", [1 / 4, 1 / 2, 1]),
-                                            ("l1", [3 / 7, 6 / 7, 12 / 7])])
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("minmax", [0, 1 / 3, 1]), ("max", [1 / 4, 1 / 2, 1]), ("l1", [3 / 7, 6 / 7, 12 / 7])],
+)
 def test_normalise(kind, expected):
     m = torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 1, 3)
     out = sdg_sod.Guidance(CHANNELS, [1], kind).normalise(m)
@@ -143,9 +151,11 @@ def test_mean_divides_by_the_number_of_words():
 def test_guidance_that_starts_at_0_changes_nothing(captioner):
     image, m = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 7, 7)
     plain = net().eval()(image)
-    zero, normal = (net(guidance=sdg_sod.Guidance(CHANNELS, [1, 2, 3, 4], "minmax", zero),
-                        captioner=captioner) for zero in (True, False))
-    for guided in (zero, normal):                            # the same encoder and decoder
+    zero, normal = (
+        net(guidance=sdg_sod.Guidance(CHANNELS, [1, 2, 3, 4], "minmax", zero), captioner=captioner)
+        for zero in (True, False)
+    )
+    for guided in (zero, normal):  # the same encoder and decoder
         guided.load_state_dict(guided.state_dict() | net().state_dict())
     assert torch.equal(zero.eval()(image, m), plain)
     assert not torch.allclose(normal.eval()(image, m), plain)
@@ -222,7 +232,7 @@ def test_a_beam_of_one_is_greedy_and_a_wide_one_is_likelier(captioner):
     wide = captioner.write(grid)
     captioner.beam = 1
     narrow = captioner.write(grid)
-    assert (wide[:, 1:-1] != wide[:, 2:])[wide[:, 1:-1] > END].all()     # no word twice in a row
+    assert (wide[:, 1:-1] != wide[:, 2:])[wide[:, 1:-1] > END].all()  # no word twice in a row
     likely = [log_likelihood(captioner, grid, tokens).sum() for tokens in (wide, narrow)]
     assert likely[0] > likely[1]
 
@@ -232,7 +242,7 @@ def test_the_grid_holds_the_deepest_maps_standardised():
     torch.manual_seed(0)
     net, image = sdg_sod.Captioner(backbone("tiny"), 10, 64, taps=2), torch.rand(4, 3, 224, 224)
     net.encoder.eval()
-    *_, four, five = net.encoder(image)                      # 14 x 14 and 7 x 7
+    *_, four, five = net.encoder(image)  # 14 x 14 and 7 x 7
     x = torch.cat([four.unflatten(2, (7, 2)).unflatten(4, (7, 2)).mean((3, 5)), five], 1)
     deviation = x.var((0, 2, 3), correction=0, keepdim=True).add(1e-5).sqrt()
     x = (x - x.mean((0, 2, 3), keepdim=True)) / deviation
@@ -262,7 +272,7 @@ def test_structure_loss_by_hand():
     w[5:36, 5:36] += 5 / 961
     w[20, 20] = 1 + 5 * 960 / 961
     iou = 1 - (0.5 * w[20, 20] + 1) / (0.5 * w.sum() + w[20, 20] - 0.5 * w[20, 20] + 1)
-    for form in ("weighted", "coded"):                       # log 2 everywhere: weights cancel
+    for form in ("weighted", "coded"):  # log 2 everywhere: weights cancel
         loss = sdg_sod.structure_loss(logit, g, form)
         assert loss.item() == pytest.approx(math.log(2) + iou.item(), rel=1e-5)
 
@@ -299,15 +309,15 @@ def test_vocabulary_and_tokens():
     words = captions.vocabulary(texts, 6)
     assert words == ["[PAD]", "[START]", "[END]", "a", "red", "star"]
     tokens, counts = captions.tokenise(texts, words)
-    assert tokens[0, 0, :7].tolist() == [START, 3, 4, 5, 3, END, PAD]    # unknown words: left out
+    assert tokens[0, 0, :7].tolist() == [START, 3, 4, 5, 3, END, PAD]  # unknown words: left out
     assert counts.tolist() == [2, 1] and tokens.shape == (2, 2, 30)
     maps = torch.rand(30, 7, 7)
     said, looks = captions.spoken(tokens[0, 0], maps, words)
     assert said == ["a", "red", "star", "a"] and torch.equal(looks, maps[1:5])
-    said, looks = captions.spoken(tokens[0, 1, 4:], maps, words)         # nothing but padding
+    said, looks = captions.spoken(tokens[0, 1, 4:], maps, words)  # nothing but padding
     assert said == [] and looks.shape == (0, 7, 7)
     long = captions.tokenise([["a " * 40]], words)[0][0, 0]
-    assert long[0] == START and (long[1:] == 3).all()        # cut, without an end
+    assert long[0] == START and (long[1:] == 3).all()  # cut, without an end
 
 
 def test_a_mirrored_photo_s_words():
@@ -323,16 +333,23 @@ def test_scores_of_captions_by_hand():
     sample, (one,) = data[index], data.objects(index)
     scores, mask = captions.Scores(data), torch.from_numpy(one["mask"])
     maps = torch.zeros(3, 160, 160)
-    maps[2][mask] = 1 / mask.sum()                           # all attention on the object
+    maps[2][mask] = 1 / mask.sum()  # all attention on the object
     scores.add(sample, ["a", one["colour"], one["class"]], maps)
     wrong = next(kind for kind in data.classes if kind != one["class"])
     scores.add(sample, ["zebra", wrong], maps)
     scores.add_next(torch.tensor([[4, 5, 9, 9]]), torch.tensor([[START, 4, 6, END]]))
-    assert scores.means() == pytest.approx({"next": 1 / 3, "said": 3 / 5, "true": 1 / 2,
-                                            "inside": 1, "area": mask.float().mean().item()})
+    assert scores.means() == pytest.approx(
+        {
+            "next": 1 / 3,
+            "said": 3 / 5,
+            "true": 1 / 2,
+            "inside": 1,
+            "area": mask.float().mean().item(),
+        }
+    )
     scores.merge(World())
     assert scores.means()["said"] == 3 / 5
-    silent = captions.Scores(data)                           # nobody has described this photo
+    silent = captions.Scores(data)  # nobody has described this photo
     silent.add({**sample, "caption": None}, ["a", wrong], maps)
     assert "said" not in silent.means() and silent.means()["true"] == 0
 

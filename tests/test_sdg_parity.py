@@ -1,18 +1,25 @@
 """sdg_sod.py computes what SegFormer's, VirTex's and F3Net's released code computes."""
+
 import json
 
 import numpy as np
 import pytest
+import recipe
 import torch
 
-import recipe
 import sdg_sod
 from common import published
 from common.runtime import UserError, load_state
 
-HEAD = {"linear_c4.proj": "linear.3", "linear_c3.proj": "linear.2", "linear_c2.proj": "linear.1",
-        "linear_c1.proj": "linear.0", "linear_fuse.conv": "fuse.0.0", "linear_fuse.bn": "fuse.0.1",
-        "linear_pred": "predict"}
+HEAD = {
+    "linear_c4.proj": "linear.3",
+    "linear_c3.proj": "linear.2",
+    "linear_c2.proj": "linear.1",
+    "linear_c1.proj": "linear.0",
+    "linear_fuse.conv": "fuse.0.0",
+    "linear_fuse.bn": "fuse.0.1",
+    "linear_pred": "predict",
+}
 
 
 def official(name: str) -> dict[str, torch.Tensor]:
@@ -46,7 +53,7 @@ def test_features_and_logits_equal_segformer_s(size):
         theirs, _, leaf = key.removeprefix("decode_head.").rpartition(".")
         if theirs in HEAD:
             shape = dict(decoder.named_parameters()).get(f"{HEAD[theirs]}.{leaf}", value).shape
-            head[f"{HEAD[theirs]}.{leaf}"] = value.view(shape)   # their linear layers: no 1 x 1
+            head[f"{HEAD[theirs]}.{leaf}"] = value.view(shape)  # their linear layers: no 1 x 1
     load_state(decoder, head, name)
     features = encoder.eval()(recipe.photos("rgb", 96, 128))
     for output, value in zip(("c1", "c2", "c3", "c4"), features):
@@ -54,8 +61,10 @@ def test_features_and_logits_equal_segformer_s(size):
     assert recipe.error(name, "logits", decoder.eval()(features)) < 2e-5
 
 
-@pytest.mark.parametrize("name, number", [("mit_b0", 3_319_392), ("mit_b1", 13_151_424),
-                                          ("mit_b2", 24_196_288), ("mit_b3", 44_072_128)])
+@pytest.mark.parametrize(
+    "name, number",
+    [("mit_b0", 3_319_392), ("mit_b1", 13_151_424), ("mit_b2", 24_196_288), ("mit_b3", 44_072_128)],
+)
 def test_encoders_have_the_published_number_of_parameters(name, number):
     assert count(sdg_sod.MiT(name)) == number
 
@@ -77,10 +86,15 @@ def test_121_keys_at_every_stage_for_352_pixels():
 
 def test_eps_of_every_norm_as_in_segformer():
     """Too small a difference to see in the outputs."""
-    eps = {name: m.eps for name, m in sdg_sod.MiT("mit_b0").named_modules()
-           if isinstance(m, torch.nn.LayerNorm)}
-    assert all(value == (1e-5 if name.endswith(("norm_in", "attn.norm")) else 1e-6)
-               for name, value in eps.items())
+    eps = {
+        name: m.eps
+        for name, m in sdg_sod.MiT("mit_b0").named_modules()
+        if isinstance(m, torch.nn.LayerNorm)
+    }
+    assert all(
+        value == (1e-5 if name.endswith(("norm_in", "attn.norm")) else 1e-6)
+        for name, value in eps.items()
+    )
 
 
 # ---- The four namings of MiT's weights -----------------------------------------------------------
@@ -88,20 +102,30 @@ def hugging_face(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
     parts = key.split(".")
     i, rest = parts[1], ".".join(parts[2:])
     if rest.startswith(("proj", "norm")):
-        rest = rest.replace("proj", f"patch_embeddings.{i}.proj").replace(
-            "norm_in", f"patch_embeddings.{i}.layer_norm").replace("norm_out", f"layer_norm.{i}")
+        rest = (
+            rest.replace("proj", f"patch_embeddings.{i}.proj")
+            .replace("norm_in", f"patch_embeddings.{i}.layer_norm")
+            .replace("norm_out", f"layer_norm.{i}")
+        )
         return {f"segformer.encoder.{rest}": value}
     rest = rest.replace("blocks.", f"segformer.encoder.block.{i}.")
-    for ours, theirs in (("attn.proj", "attention.output.dense"),
-                         ("attn.norm", "attention.self.layer_norm"),
-                         ("attn.sr", "attention.self.sr"), ("attn.q.", "attention.self.query."),
-                         (".norm1", ".layer_norm_1"), (".norm2", ".layer_norm_2"),
-                         ("mlp.fc", "mlp.dense"), ("mlp.dwconv", "mlp.dwconv.dwconv")):
+    for ours, theirs in (
+        ("attn.proj", "attention.output.dense"),
+        ("attn.norm", "attention.self.layer_norm"),
+        ("attn.sr", "attention.self.sr"),
+        ("attn.q.", "attention.self.query."),
+        (".norm1", ".layer_norm_1"),
+        (".norm2", ".layer_norm_2"),
+        ("mlp.fc", "mlp.dense"),
+        ("mlp.dwconv", "mlp.dwconv.dwconv"),
+    ):
         rest = rest.replace(ours, theirs)
     if "attn.kv." in rest:
         k, v = value.chunk(2)
-        return {rest.replace("attn.kv", "attention.self.key"): k,
-                rest.replace("attn.kv", "attention.self.value"): v}
+        return {
+            rest.replace("attn.kv", "attention.self.key"): k,
+            rest.replace("attn.kv", "attention.self.value"): v,
+        }
     return {rest: value}
 
 
@@ -111,8 +135,12 @@ def mmseg(key: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
     for ours, theirs in (("blocks.", "1."), ("norm_in", "0.norm"), ("norm_out", "2")):
         rest = rest.replace(ours, theirs)
     rest = "0.projection" + rest[4:] if rest.startswith("proj") else rest
-    for ours, theirs in (("attn.proj", "attn.attn.out_proj"), ("mlp.fc1", "ffn.layers.0"),
-                         ("mlp.dwconv", "ffn.layers.1"), ("mlp.fc2", "ffn.layers.4")):
+    for ours, theirs in (
+        ("attn.proj", "attn.attn.out_proj"),
+        ("mlp.fc1", "ffn.layers.0"),
+        ("mlp.dwconv", "ffn.layers.1"),
+        ("mlp.fc2", "ffn.layers.4"),
+    ):
         rest = rest.replace(ours, theirs)
     value = value[..., None, None] if "ffn" in rest and value.dim() == 2 else value
     return {f"backbone.layers.{i}.{rest}": value}
@@ -132,16 +160,21 @@ def renamed(scheme: str, state: dict) -> dict[str, torch.Tensor]:
     keys = [key for key, _ in description["keys"] if key.startswith("backbone.")]
     ours = published.mit_state({key: torch.tensor(float(i)) for i, key in enumerate(keys)})
     prefix = {"segformer": "", "smp": "encoder."}[scheme]
-    return {prefix + keys[int(number)].removeprefix("backbone."): state[key]
-            for key, number in ours.items()} | {"head.weight": torch.zeros(1)}
+    return {
+        prefix + keys[int(number)].removeprefix("backbone."): state[key]
+        for key, number in ours.items()
+    } | {"head.weight": torch.zeros(1)}
 
 
 def write_safetensors(path, state):
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for key, value in state.items():
         raw = value.contiguous().numpy().tobytes()
-        header[key] = {"dtype": "F32", "shape": list(value.shape),
-                       "data_offsets": [len(body), len(body) + len(raw)]}
+        header[key] = {
+            "dtype": "F32",
+            "shape": list(value.shape),
+            "data_offsets": [len(body), len(body) + len(raw)],
+        }
         body += raw
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
@@ -183,8 +216,9 @@ def virtex(tmp_path_factory):
     """Our captioner with the recipe's weights, from a file of VirTex's form; and its grid."""
     path = tmp_path_factory.mktemp("virtex") / "model.pth"
     torch.save({"model": official(NAME), "iteration": 500000}, path)
-    args = sdg_sod.build_parser().parse_args(["--released", "--beam", "5", "--vocabulary",
-                                              str(path) + ".vocab"])
+    args = sdg_sod.build_parser().parse_args(
+        ["--released", "--beam", "5", "--vocabulary", str(path) + ".vocab"]
+    )
     lines = "\n".join(f"\u2581piece{i}\t{-i}" for i in range(10_000))
     (path.parent / "model.pth.vocab").write_text(lines, encoding="utf-8")
     net = sdg_sod.load_captioner(path, args).eval()
@@ -231,8 +265,9 @@ def test_beam_search_equals_virtex_s_with_its_lost_start_token(virtex):
 
 
 def test_norms_of_the_captioner_as_in_virtex(virtex):
-    eps = {name: m.eps for name, m in virtex[0].named_modules()
-           if isinstance(m, torch.nn.LayerNorm)}
+    eps = {
+        name: m.eps for name, m in virtex[0].named_modules() if isinstance(m, torch.nn.LayerNorm)
+    }
     assert all(value == (1e-8 if name == "norm" else 1e-5) for name, value in eps.items())
 
 
@@ -253,6 +288,7 @@ def test_structure_loss_and_gradient_equal_f3net_s(shape, edge, theirs, ours):
 def test_both_forms_agree_where_there_is_no_edge():
     value = recipe.reference("loss_f3net")[0]["scalars"]["coded_empty"]
     for form in ("coded", "weighted"):
-        loss = sdg_sod.structure_loss(recipe.logits("f3", (2, 1, 48, 64)),
-                                      torch.zeros(2, 1, 48, 64), form)
+        loss = sdg_sod.structure_loss(
+            recipe.logits("f3", (2, 1, 48, 64)), torch.zeros(2, 1, 48, 64), form
+        )
         assert loss.item() == pytest.approx(value, rel=1e-5)

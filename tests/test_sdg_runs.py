@@ -1,4 +1,5 @@
 """sdg_sod.py as its users run it: every mode, every flag, interruption, processes, bad input."""
+
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import sdg_sod
 from common import harness, published, runtime
 from common.backbones import backbone
 from common.runtime import UserError
-from common.shapes import Shapes
+from data.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -27,9 +28,26 @@ def flags(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lists")
     for split, count in (("train", 8), ("test", 4)):
         (folder / f"{split}.txt").write_text("\n".join(Shapes(split).names[:count]))
-    return ["--data", f"shapes@{folder}/train.txt", "--eval", f"shapes-test@{folder}/test.txt",
-            "--size", "64", "--batch-size", "4", "--epochs", "2", "--hidden", "64", "--beam", "2",
-            "--width", "16", "--device", "cpu"]
+    return [
+        "--data",
+        f"shapes@{folder}/train.txt",
+        "--eval",
+        f"shapes-test@{folder}/test.txt",
+        "--size",
+        "64",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--hidden",
+        "64",
+        "--beam",
+        "2",
+        "--width",
+        "16",
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +61,13 @@ def base(flags, tmp_path_factory):
 
 def command(*flags, launcher=()):
     """Run sdg_sod.py as a program and return the finished process."""
-    return subprocess.run([sys.executable, *launcher, "sdg_sod.py", *map(str, flags)], cwd=ROOT,
-                          env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *launcher, "sdg_sod.py", *map(str, flags)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def last(folder: Path, stage: str) -> dict:
@@ -53,7 +76,8 @@ def last(folder: Path, stage: str) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     return a["model"].keys() == b["model"].keys() and all(
-        torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+        torch.equal(a["model"][key], b["model"][key]) for key in a["model"]
+    )
 
 
 def prepared(flags, folder: Path):
@@ -96,7 +120,8 @@ def test_guidance_starts_from_the_other_stages_and_keeps_the_captioner(base):
     sod, caption, guide = (last(folder, stage)["model"] for stage in ("sod", "caption", "guide"))
     assert all(torch.equal(guide[f"captioner.{key}"], value) for key, value in caption.items())
     assert set(guide) == set(sod) | {f"captioner.{key}" for key in caption} | {
-        key for key in guide if key.startswith("guidance.")}
+        key for key in guide if key.startswith("guidance.")
+    }
     assert any(value.abs().sum() > 0 for key, value in guide.items() if key.startswith("guidance"))
     assert not torch.equal(guide["decoder.predict.weight"], sod["decoder.predict.weight"])
 
@@ -104,8 +129,9 @@ def test_guidance_starts_from_the_other_stages_and_keeps_the_captioner(base):
 def test_evaluation_alone_gives_the_same_numbers(base, flags, tmp_path):
     folder, _ = base
     results = json.loads((folder / "guide" / "eval.json").read_text())
-    done = command("--weights", folder / "guide" / "last.pt", *flags[2:4], "--out", tmp_path,
-                   "--device", "cpu")
+    done = command(
+        "--weights", folder / "guide" / "last.pt", *flags[2:4], "--out", tmp_path, "--device", "cpu"
+    )
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "guide" / "eval.json").read_text())
     (name,) = again
@@ -124,11 +150,22 @@ def test_predictions_have_the_photo_s_size_and_words_can_be_drawn(base, tmp_path
     assert made.size == (90, 50) and made.mode == "L" and cutout.mode == "RGBA"
     words = next(line for line in done.stdout.splitlines() if line.startswith("wide: "))
     drawn = Image.open(folder / "predict" / "wide_words.png")
-    assert drawn.size == (160 * (2 + len(words.split()) - 1), 176)       # photo, map, every word
+    assert drawn.size == (160 * (2 + len(words.split()) - 1), 176)  # photo, map, every word
     for stage, made in (("sod", "tall.png"), ("caption", "tall_words.png")):
         checkpoint = str(folder / stage / "last.pt")
-        sdg_sod.main(["--predict", str(tmp_path / "tall.jpg"), "--weights", checkpoint,
-                      "--out", str(tmp_path / stage), "--crf", "--device", "cpu"])
+        sdg_sod.main(
+            [
+                "--predict",
+                str(tmp_path / "tall.jpg"),
+                "--weights",
+                checkpoint,
+                "--out",
+                str(tmp_path / stage),
+                "--crf",
+                "--device",
+                "cpu",
+            ]
+        )
         assert [path.name for path in (tmp_path / stage / "predict").iterdir()] == [made]
     assert Image.open(tmp_path / "sod" / "predict" / "tall.png").size == (33, 71)
 
@@ -146,8 +183,12 @@ def test_each_stage_is_judged_by_the_sets_that_can_judge_it(base, flags, tmp_pat
     folder, _ = base
     photos(tmp_path / "Flickr8k", "one", "two")
     (tmp_path / "Flickr8k" / "Flickr8k.token.txt").write_text(
-        "".join(f"{stem}.jpg#0\tA red {thing} .\n" for stem in ("one", "two")
-                for thing in ("star", "ring")))
+        "".join(
+            f"{stem}.jpg#0\tA red {thing} .\n"
+            for stem in ("one", "two")
+            for thing in ("star", "ring")
+        )
+    )
     photos(tmp_path / "masked" / "images", "three")
     (tmp_path / "masked" / "masks").mkdir()
     Image.new("L", (40, 40), 255).save(tmp_path / "masked" / "masks" / "three.png")
@@ -159,10 +200,13 @@ def test_each_stage_is_judged_by_the_sets_that_can_judge_it(base, flags, tmp_pat
     (report,) = (tmp_path / "run" / "caption").glob("captions-*.json")
     report = json.loads(report.read_text())
     assert list(report["captions"]) == ["one", "two"] and "said" in report["scores"]
-    for stage, wrong, part in (("sod", sets[:2], "masks"), ("caption", [sets[0], sets[2]],
-                                                            "captions")):
+    for stage, wrong, part in (
+        ("sod", sets[:2], "masks"),
+        ("caption", [sets[0], sets[2]], "captions"),
+    ):
         assert f"stage {stage} is judged by {part}, which these sets lack" in refused(
-            "--weights", folder / stage / "last.pt", *wrong, *sets[3:], "--out", tmp_path)
+            "--weights", folder / stage / "last.pt", *wrong, *sets[3:], "--out", tmp_path
+        )
 
 
 def test_duts_is_evaluated_on_the_captions_of_coco_too(monkeypatch):
@@ -176,22 +220,33 @@ def test_duts_is_evaluated_on_the_captions_of_coco_too(monkeypatch):
 def test_words_and_beam_can_be_chosen_at_prediction(base, tmp_path, monkeypatch, capsys):
     folder, _ = base
     photos(tmp_path, "photo")
-    (tmp_path / "v.vocab").write_text("\n".join(
-        f"word{i}\t0" for i in range(len(last(folder, "caption")["args"]["lexicon"]))))
+    (tmp_path / "v.vocab").write_text(
+        "\n".join(f"word{i}\t0" for i in range(len(last(folder, "caption")["args"]["lexicon"])))
+    )
     looks, look = [], sdg_sod.Captioner.look
-    monkeypatch.setattr(sdg_sod.Captioner, "look",
-                        lambda self, image: looks.append(self.beam) or look(self, image))
+    monkeypatch.setattr(
+        sdg_sod.Captioner, "look", lambda self, image: looks.append(self.beam) or look(self, image)
+    )
     for stage in ("caption", "guide"):
-        predict = ["--weights", str(folder / stage / "last.pt"), "--predict",
-                   str(tmp_path / "photo.jpg"), "--words", "--out", str(tmp_path / stage)]
+        predict = [
+            "--weights",
+            str(folder / stage / "last.pt"),
+            "--predict",
+            str(tmp_path / "photo.jpg"),
+            "--words",
+            "--out",
+            str(tmp_path / stage),
+        ]
         capsys.readouterr()
-        sdg_sod.main([*predict, "--device", "cpu", "--beam", "3",
-                      "--vocabulary", str(tmp_path / "v.vocab")])
-        words = next(line for line in capsys.readouterr().out.splitlines()
-                     if line.startswith("photo: ")).split()[1:]
+        sdg_sod.main(
+            [*predict, "--device", "cpu", "--beam", "3", "--vocabulary", str(tmp_path / "v.vocab")]
+        )
+        words = next(
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("photo: ")
+        ).split()[1:]
         assert words and all(word.startswith("word") for word in words)
         sdg_sod.main([*predict, "--device", "cpu"])
-        times = {"caption": 1, "guide": 2}[stage]            # the map, and the map with words
+        times = {"caption": 1, "guide": 2}[stage]  # the map, and the map with words
         assert looks == [3] * times + [2] * times
         looks.clear()
 
@@ -213,15 +268,26 @@ def test_virtex_s_checkpoint_describes_photos_in_a_folder_of_its_own(tmp_path, m
     virtex(tmp_path / "downloads" / "virtex.pth", 12)
     photos(tmp_path, "photo")
     monkeypatch.chdir(tmp_path)
-    flags = ["--weights", "downloads/virtex.pth", "--predict", "photo.jpg", "--device", "cpu",
-             "--beam", "1"]
+    flags = [
+        "--weights",
+        "downloads/virtex.pth",
+        "--predict",
+        "photo.jpg",
+        "--device",
+        "cpu",
+        "--beam",
+        "1",
+    ]
     pieces = ["<unk>", "[SOS]", "[EOS]", *(f"\u2581p{i}" for i in range(9))]
     Path("v.vocab").write_text("\n".join(pieces), encoding="utf-8")
     said = []
     for extra in ([], ["--vocabulary", "v.vocab"]):
         sdg_sod.main([*flags, *extra])
-        said.append(next(line for line in capsys.readouterr().out.splitlines()
-                         if line.startswith("photo: ")).split()[1:])
+        said.append(
+            next(
+                line for line in capsys.readouterr().out.splitlines() if line.startswith("photo: ")
+            ).split()[1:]
+        )
     assert said[0] and all(word.isdigit() for word in said[0])
     assert said[1] == [f"p{int(word) - 3}" for word in said[0]]
     made = [path.name for path in Path("runs/sdg_sod-released/predict").iterdir()]
@@ -241,6 +307,7 @@ def seen_by_the_network(args, folder: Path, flip: bool) -> tuple[torch.Tensor, t
     def spy(image, m):
         shown.extend((image, m))
         return torch.zeros(2, 1, 64, 64)
+
     loss = sdg_sod.sod_task("guide", args, folder)[2]
     loss(spy, torch.arange(2), torch.tensor([flip, flip]), torch.Generator().manual_seed(0))
     return shown
@@ -273,6 +340,7 @@ def test_two_processes_fill_one_bank(base, flags):
         def gather(self, value):
             halves.append(value)
             return halves if len(halves) == 2 else [value, torch.zeros_like(value)]
+
     halves = []
     for rank in (0, 1):
         args.world = Half(rank, 2)
@@ -282,16 +350,42 @@ def test_two_processes_fill_one_bank(base, flags):
 
 # ---- Every flag does something -------------------------------------------------------------------
 CHANGES = {
-    "sod": [["--bce", "coded"], ["--released"], ["--crop", "0"], ["--seed", "1"], ["--lr", "1e-4"],
-            ["--decoder", "literal"], ["--decoder", "psp"], ["--width", "8"], ["--amp", "bf16"],
-            ["--encoder", "mit_b0", "--encoder-weights", "none"]],
-    "caption": [["--hidden", "128"], ["--layers", "2"], ["--pixels", "unit"], ["--lr", "1e-4"],
-                ["--backbone-weights", "none"], ["--seed", "1"],
-                ["--no-freeze"], ["--taps", "1"], ["--plain-grid"],
-                ["--captions", "ECHO"]],
-    "guide": [["--scales", "1"], ["--attn-norm", "max"], ["--attn-norm", "mean"],
-              ["--attn-norm", "l1"], ["--attn-row", "read"], ["--xi-init", "normal"],
-              ["--maps", "other"], ["--live"], ["--released"]]}
+    "sod": [
+        ["--bce", "coded"],
+        ["--released"],
+        ["--crop", "0"],
+        ["--seed", "1"],
+        ["--lr", "1e-4"],
+        ["--decoder", "literal"],
+        ["--decoder", "psp"],
+        ["--width", "8"],
+        ["--amp", "bf16"],
+        ["--encoder", "mit_b0", "--encoder-weights", "none"],
+    ],
+    "caption": [
+        ["--hidden", "128"],
+        ["--layers", "2"],
+        ["--pixels", "unit"],
+        ["--lr", "1e-4"],
+        ["--backbone-weights", "none"],
+        ["--seed", "1"],
+        ["--no-freeze"],
+        ["--taps", "1"],
+        ["--plain-grid"],
+        ["--captions", "ECHO"],
+    ],
+    "guide": [
+        ["--scales", "1"],
+        ["--attn-norm", "max"],
+        ["--attn-norm", "mean"],
+        ["--attn-norm", "l1"],
+        ["--attn-row", "read"],
+        ["--xi-init", "normal"],
+        ["--maps", "other"],
+        ["--live"],
+        ["--released"],
+    ],
+}
 
 
 @pytest.mark.parametrize("stage", CHANGES)
@@ -302,7 +396,7 @@ def test_every_flag_changes_the_result(stage, base, flags, tmp_path, monkeypatch
     other.write_text("\n".join(Shapes("train").names[8:16]))
     files = ["--sod", str(folder / "sod/last.pt"), "--captioner", str(folder / "caption/last.pt")]
     sdg_sod.main([*flags, *files, "--stage", stage, "--out", str(tmp_path / "same")])
-    assert same(last(folder, stage), last(tmp_path / "same", stage))     # without a change
+    assert same(last(folder, stage), last(tmp_path / "same", stage))  # without a change
     unchanged = []
     for i, extra in enumerate(CHANGES[stage]):
         extra = [f"shapes@{other}" if word == "ECHO" else word for word in extra]
@@ -324,17 +418,38 @@ def test_the_beam_changes_the_guidance(base, flags, tmp_path, monkeypatch):
             torch.nn.init.normal_(value, std=0.3)
     runtime.save_checkpoint(tmp_path / "unsure.pt", **saved)
     for beam in ("1", "2"):
-        sdg_sod.main([*flags, "--stage", "guide", "--sod", str(folder / "sod/last.pt"), "--beam",
-                      beam, "--captioner", str(tmp_path / "unsure.pt"), "--out",
-                      str(tmp_path / beam)])
+        sdg_sod.main(
+            [
+                *flags,
+                "--stage",
+                "guide",
+                "--sod",
+                str(folder / "sod/last.pt"),
+                "--beam",
+                beam,
+                "--captioner",
+                str(tmp_path / "unsure.pt"),
+                "--out",
+                str(tmp_path / beam),
+            ]
+        )
     assert not same(last(tmp_path / "1", "guide"), last(tmp_path / "2", "guide"))
 
 
 def test_stage_sod_can_start_from_a_checkpoint(base, flags, tmp_path, monkeypatch):
     folder, _ = base
     monkeypatch.setattr(sdg_sod, "train_epoch", lambda *arguments: (0.0, 1))
-    sdg_sod.main([*flags, "--stage", "sod", "--out", str(tmp_path), "--pretrained",
-                  str(folder / "sod" / "last.pt")])
+    sdg_sod.main(
+        [
+            *flags,
+            "--stage",
+            "sod",
+            "--out",
+            str(tmp_path),
+            "--pretrained",
+            str(folder / "sod" / "last.pt"),
+        ]
+    )
     assert same(last(folder, "sod"), last(tmp_path, "sod"))
 
 
@@ -343,8 +458,17 @@ def test_stage_sod_can_start_from_a_checkpoint(base, flags, tmp_path, monkeypatc
 def test_two_and_two_epochs_equal_four_bit_for_bit(stage, base, flags, tmp_path, monkeypatch):
     folder, _ = base
     monkeypatch.setattr(sdg_sod, "evaluate", lambda stage, net, args: {})
-    flags = [*flags, "--epochs", "4", "--stage", stage, "--sod", str(folder / "sod/last.pt"),
-             "--captioner", str(folder / "caption/last.pt")]
+    flags = [
+        *flags,
+        "--epochs",
+        "4",
+        "--stage",
+        stage,
+        "--sod",
+        str(folder / "sod/last.pt"),
+        "--captioner",
+        str(folder / "caption/last.pt"),
+    ]
     sdg_sod.main([*flags, "--out", str(tmp_path / "whole")])
     train_epoch = sdg_sod.train_epoch
 
@@ -352,12 +476,13 @@ def test_two_and_two_epochs_equal_four_bit_for_bit(stage, base, flags, tmp_path,
         if arguments[5] == 3:
             raise KeyboardInterrupt
         return train_epoch(*arguments)
+
     monkeypatch.setattr(sdg_sod, "train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sdg_sod.main([*flags, "--out", str(tmp_path / "run")])
     assert last(tmp_path / "run", stage)["epoch"] == 2
     monkeypatch.setattr(sdg_sod, "train_epoch", train_epoch)
-    torch.rand(7)                                                        # another random state
+    torch.rand(7)  # another random state
     sdg_sod.main([*flags, "--out", str(tmp_path / "run"), "--resume"])
     assert same(last(tmp_path / "whole", stage), last(tmp_path / "run", stage))
 
@@ -385,8 +510,13 @@ def processes(number: int, folder: Path, *flags) -> str:
     """What `number` processes print; each has the same weights after every stage."""
     (folder / "driver.py").write_text(DRIVER)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-    done = subprocess.run([sys.executable, *torchrun, str(folder / "driver.py"), *map(str, flags)],
-                          cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(folder / "driver.py"), *map(str, flags)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -407,8 +537,15 @@ def test_two_processes_train_one_network(base, flags, tmp_path):
 def test_two_processes_equal_one_without_batchnorm_and_chance(base, flags, tmp_path):
     """No statistics of half a batch, no crops and no dropped paths: the same maps."""
     folder, _ = base
-    flags = [*flags, "--decoder", "literal", "--crop", "0",
-             "--captioner", str(folder / "caption" / "last.pt")]
+    flags = [
+        *flags,
+        "--decoder",
+        "literal",
+        "--crop",
+        "0",
+        "--captioner",
+        str(folder / "caption" / "last.pt"),
+    ]
     image, logits = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), {}
     for number in (1, 2):
         run = tmp_path / str(number)
@@ -446,11 +583,23 @@ def test_guide_before_the_other_stages_prints_the_command(flags, tmp_path):
 def test_sets_without_masks_or_captions_are_refused(flags, tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "images" / "photo.jpg")
-    rest = [*flags[4:], "--out", tmp_path / "run", "--encoder", "mit_b0", "--encoder-weights",
-            "none", "--backbone", "tiny", "--eval", "shapes-test"]
+    rest = [
+        *flags[4:],
+        "--out",
+        tmp_path / "run",
+        "--encoder",
+        "mit_b0",
+        "--encoder-weights",
+        "none",
+        "--backbone",
+        "tiny",
+        "--eval",
+        "shapes-test",
+    ]
     assert "have no mask" in refused("--data", tmp_path, "--stage", "sod", *rest)
     assert "not every picture has a caption" in refused(
-        "--data", tmp_path, "--captions", tmp_path, "--stage", "caption", *rest)
+        "--data", tmp_path, "--captions", tmp_path, "--stage", "caption", *rest
+    )
 
 
 def test_what_stage_caption_would_refuse_is_refused_before_stage_sod(flags, tmp_path, monkeypatch):
@@ -476,45 +625,69 @@ def test_a_captioner_brings_along_which_row_is_a_word_s_map(base, tmp_path):
         assert sdg_sod.load(tmp_path / "last.pt", args)[1].row == row
 
 
-@pytest.mark.parametrize("content", [{0: torch.ones(1)}, {"model": [1]}, {"method": "sdg_sod"},
-                                     {"model": {"words.weight": torch.ones(1)}}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {0: torch.ones(1)},
+        {"model": [1]},
+        {"method": "sdg_sod"},
+        {"model": {"words.weight": torch.ones(1)}},
+    ],
+)
 def test_odd_files_are_no_captioner(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     assert "x.pt" in refused("--weights", tmp_path / "x.pt", "--eval", "shapes-test")
 
 
-@pytest.mark.parametrize("extra, sentence", [
-    (["--size", "31"], "--size 31 leaves nothing"),
-    (["--hidden", "100"], "--hidden 100 is not a multiple of 64"),
-    (["--crop", "1"], "--crop 1.0 is not a share"),
-    (["--encoder", "mit_b3"], "--encoder-weights: give a file with the weights of mit_b3"),
-    (["--encoder-weights", "nowhere.pth"], "--encoder-weights: there is no file nowhere.pth"),
-    (["--encoder-weights", "nowhere.safetensors"],
-     "--encoder-weights: nowhere.safetensors is not a readable .safetensors file"),
-    (["--pretrained", "nowhere.pt"], "--pretrained: there is no file nowhere.pt"),
-    (["--decoder", "ann", "--scales", "1"], "--decoder ann sees scales 3 and 4 alone"),
-    (["--decoder", "psp", "--batch-size", "1"], "--decoder psp normalises over a batch"),
-    (["--decoder", "apc", "--batch-size", "1"], "--decoder apc normalises over a batch"),
-    (["--decoder", "aspp", "--batch-size", "1"], "it needs at least two in each process's share"),
-    (["--lr", "1e30"], "loss of epoch 1 is not a number")])
+@pytest.mark.parametrize(
+    "extra, sentence",
+    [
+        (["--size", "31"], "--size 31 leaves nothing"),
+        (["--hidden", "100"], "--hidden 100 is not a multiple of 64"),
+        (["--crop", "1"], "--crop 1.0 is not a share"),
+        (["--encoder", "mit_b3"], "--encoder-weights: give a file with the weights of mit_b3"),
+        (["--encoder-weights", "nowhere.pth"], "--encoder-weights: there is no file nowhere.pth"),
+        (
+            ["--encoder-weights", "nowhere.safetensors"],
+            "--encoder-weights: nowhere.safetensors is not a readable .safetensors file",
+        ),
+        (["--pretrained", "nowhere.pt"], "--pretrained: there is no file nowhere.pt"),
+        (["--decoder", "ann", "--scales", "1"], "--decoder ann sees scales 3 and 4 alone"),
+        (["--decoder", "psp", "--batch-size", "1"], "--decoder psp normalises over a batch"),
+        (["--decoder", "apc", "--batch-size", "1"], "--decoder apc normalises over a batch"),
+        (
+            ["--decoder", "aspp", "--batch-size", "1"],
+            "it needs at least two in each process's share",
+        ),
+        (["--lr", "1e30"], "loss of epoch 1 is not a number"),
+    ],
+)
 def test_flags_that_cannot_be(flags, tmp_path, extra, sentence):
     assert sentence in refused(*flags, "--stage", "sod", "--out", tmp_path, *extra)
 
 
-@pytest.mark.parametrize("extra, sentence", [
-    (["--captioner", "nowhere.pt"], "--captioner: there is no file nowhere.pt"),
-    (["--captioner", "SOD"], "stage sod, not of sdg_sod stage caption"),
-    (["--sod", "nowhere.pt"], "--sod: there is no file nowhere.pt"),
-    (["--sod", "SOD", "--width", "8"], "was trained with --width 16: give the same flags"),
-    (["--sod", "SOD", "--encoder", "mit_b0", "--decoder", "psp"],
-     "was trained with --encoder mit_tiny, --decoder mlp: give the same flags"),
-    (["--backbone-weights", "nowhere.pth"], "--backbone-weights nowhere.pth: no such file")])
-def test_files_of_later_stages_are_checked_before_the_first(base, flags, tmp_path, monkeypatch,
-                                                            extra, sentence):
+@pytest.mark.parametrize(
+    "extra, sentence",
+    [
+        (["--captioner", "nowhere.pt"], "--captioner: there is no file nowhere.pt"),
+        (["--captioner", "SOD"], "stage sod, not of sdg_sod stage caption"),
+        (["--sod", "nowhere.pt"], "--sod: there is no file nowhere.pt"),
+        (["--sod", "SOD", "--width", "8"], "was trained with --width 16: give the same flags"),
+        (
+            ["--sod", "SOD", "--encoder", "mit_b0", "--decoder", "psp"],
+            "was trained with --encoder mit_tiny, --decoder mlp: give the same flags",
+        ),
+        (["--backbone-weights", "nowhere.pth"], "--backbone-weights nowhere.pth: no such file"),
+    ],
+)
+def test_files_of_later_stages_are_checked_before_the_first(
+    base, flags, tmp_path, monkeypatch, extra, sentence
+):
     folder, _ = base
 
     def train(stage, args):
         raise AssertionError(f"stage {stage} was trained before")
+
     monkeypatch.setattr(sdg_sod, "train", train)
     extra = [folder / "sod" / "last.pt" if word == "SOD" else word for word in extra]
     assert sentence in refused(*flags, "--out", tmp_path, *extra)
@@ -525,50 +698,87 @@ def test_words_need_a_captioner(base, tmp_path, stage):
     folder, _ = base
     photos(tmp_path, "photo")
     assert f"is of stage {stage}, which knows no words" in refused(
-        "--weights", folder / stage / "last.pt", "--predict", tmp_path, "--words")
+        "--weights", folder / stage / "last.pt", "--predict", tmp_path, "--words"
+    )
 
 
 def test_other_checkpoints_are_refused(base, flags, tmp_path):
     folder, _ = base
     assert "is a checkpoint of sdg_sod stage sod, not of sdg_sod stage caption" in refused(
-        *flags, "--stage", "guide", "--out", folder, "--captioner", folder / "sod" / "last.pt")
+        *flags, "--stage", "guide", "--out", folder, "--captioner", folder / "sod" / "last.pt"
+    )
     torch.save({"weight": torch.zeros(1)}, tmp_path / "x.pt")
     assert "holds neither a captioner" in refused("--weights", tmp_path / "x.pt", *flags)
     assert "was trained with --crop 0.125" in refused(
-        *flags, "--stage", "sod", "--out", folder, "--resume", "--crop", "0.2")
+        *flags, "--stage", "sod", "--out", folder, "--resume", "--crop", "0.2"
+    )
     assert "was trained with --epochs 2, --lr 0.001: give" in refused(
-        *flags, "--stage", "sod", "--out", folder, "--resume", "--epochs", "4", "--lr", "0.002")
+        *flags, "--stage", "sod", "--out", folder, "--resume", "--epochs", "4", "--lr", "0.002"
+    )
 
 
 @pytest.mark.parametrize("stage, flag", [("caption", "--captions"), ("guide", "--captioner")])
-def test_another_vocabulary_is_refused_in_a_short_sentence(base, flags, tmp_path, monkeypatch,
-                                                           stage, flag):
+def test_another_vocabulary_is_refused_in_a_short_sentence(
+    base, flags, tmp_path, monkeypatch, stage, flag
+):
     """The captions of a set, or the file of a captioner, have changed under the same name."""
     folder, _ = base
     other = last(folder, stage)
     other["args"]["lexicon"] = [*other["args"]["lexicon"], "zebra"]
     runtime.save_checkpoint(tmp_path / stage / "last.pt", **other)
-    sentence = refused(*flags, "--stage", stage, "--out", tmp_path, "--resume",
-                       "--sod", folder / "sod" / "last.pt",
-                       "--captioner", folder / "caption" / "last.pt")
+    sentence = refused(
+        *flags,
+        "--stage",
+        stage,
+        "--out",
+        tmp_path,
+        "--resume",
+        "--sod",
+        folder / "sod" / "last.pt",
+        "--captioner",
+        folder / "caption" / "last.pt",
+    )
     assert "the captioner's vocabulary is another" in sentence and f"the same {flag}," in sentence
     assert "zebra" not in sentence and len(sentence) < 300
 
 
-def test_a_resumed_run_looks_with_the_captioner_of_its_checkpoint(base, flags, tmp_path,
-                                                                  monkeypatch):
+def test_a_resumed_run_looks_with_the_captioner_of_its_checkpoint(
+    base, flags, tmp_path, monkeypatch
+):
     """Also if the file of --captioner holds another one by now."""
     folder, _ = base
     saved, seen = last(folder, "guide"), []
     for key in saved["model"]:
         if key.startswith("captioner.projection."):
             saved["model"][key] = torch.full_like(saved["model"][key], 0.25)
-    saved["args"] |= {"sod": str(folder / "sod" / "last.pt"), "epochs": 3,
-                      "captioner": str(folder / "caption" / "last.pt")}
+    saved["args"] |= {
+        "sod": str(folder / "sod" / "last.pt"),
+        "epochs": 3,
+        "captioner": str(folder / "caption" / "last.pt"),
+    }
     runtime.save_checkpoint(tmp_path / "guide" / "last.pt", **saved)
     map_bank = sdg_sod.map_bank
-    monkeypatch.setattr(sdg_sod, "map_bank", lambda captioner, *rest: seen.append(
-        captioner.projection.weight.unique().tolist()) or map_bank(captioner, *rest))
-    sdg_sod.main([*flags, "--epochs", "3", "--stage", "guide", "--out", str(tmp_path), "--resume",
-                  "--sod", saved["args"]["sod"], "--captioner", saved["args"]["captioner"]])
+    monkeypatch.setattr(
+        sdg_sod,
+        "map_bank",
+        lambda captioner, *rest: (
+            seen.append(captioner.projection.weight.unique().tolist()) or map_bank(captioner, *rest)
+        ),
+    )
+    sdg_sod.main(
+        [
+            *flags,
+            "--epochs",
+            "3",
+            "--stage",
+            "guide",
+            "--out",
+            str(tmp_path),
+            "--resume",
+            "--sod",
+            saved["args"]["sod"],
+            "--captioner",
+            saved["args"]["captioner"],
+        ]
+    )
     assert seen == [[0.25]]

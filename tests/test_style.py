@@ -1,4 +1,5 @@
 """House rules that a machine can check: budgets, imports, and a README that says what CI runs."""
+
 import ast
 import re
 import subprocess
@@ -23,26 +24,44 @@ def test_lines_are_at_most_100_wide_and_functions_at_most_70_long(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_only_the_five_packages_are_imported(path):
-    allowed = set(sys.stdlib_module_names) | {"torch", "torchvision", "numpy", "PIL", "pytest",
-                                              "common", "data", "recipe"}
+    allowed = set(sys.stdlib_module_names) | {
+        "torch",
+        "torchvision",
+        "numpy",
+        "PIL",
+        "pytest",
+        "common",
+        "data",
+        "recipe",
+    }
     allowed |= {p.stem for p in SCRIPTS} if path.parent.name == "tests" else set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-            [node.module] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         assert [n for n in names if n.split(".")[0] not in allowed] == []
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_have_the_same_banners_in_the_same_order(path):
-    titles = [line.strip("# -").split(":")[0] for line in path.read_text().splitlines()
-              if line.startswith("# ---- ")]
-    places = [min(i for i, title in enumerate(titles) if title.startswith(banner))
-              for banner in BANNERS]
+    titles = [
+        line.strip("# -").split(":")[0]
+        for line in path.read_text().splitlines()
+        if line.startswith("# ---- ")
+    ]
+    places = [
+        min(i for i, title in enumerate(titles) if title.startswith(banner)) for banner in BANNERS
+    ]
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name != "tests"],
-                         ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent.name != "tests"], ids=lambda p: p.name
+)
 def test_public_functions_and_classes_have_docstrings(path):
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
@@ -52,8 +71,9 @@ def test_public_functions_and_classes_have_docstrings(path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_importing_has_no_side_effects(tmp_path, path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {path.stem}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -62,12 +82,15 @@ def test_lists_of_stems_in_the_readme_are_in_the_repository():
     readme = (ROOT / "README.md").read_text()
     lists = set(re.findall(r"@([\w./-]+\d\.txt)", readme))
     assert len(lists) > 3 and not [name for name in lists if not (ROOT / name).is_file()]
-    stems = {name: {line for line in (ROOT / name).read_text().splitlines() if line[0] != "#"}
-             for name in lists}
+    stems = {
+        name: {line for line in (ROOT / name).read_text().splitlines() if line[0] != "#"}
+        for name in lists
+    }
     for name in lists:  # SET-train560.txt holds 560 stems, and none of SET-test140.txt
         assert len(stems[name]) == int(re.search(r"(\d+)\.txt", name)[1])
-        assert "test" not in name or not [other for other in lists - {name}
-                                          if stems[other] & stems[name]]
+        assert "test" not in name or not [
+            other for other in lists - {name} if stems[other] & stems[name]
+        ]
 
 
 def test_ci_runs_the_commands_of_the_readme():

@@ -1,4 +1,5 @@
 """unified_usod.py by hand: losses, schedules, signs, refiner, labels, transfer."""
+
 import math
 from argparse import Namespace
 
@@ -11,7 +12,7 @@ import unified_usod as usod
 from common.backbones import backbone
 from common.bank import Bank, MapBank
 from common.runtime import UserError, World, generator, load_state
-from common.shapes import Shapes
+from data.shapes import Shapes
 
 CPU = torch.device("cpu")
 LOGIT_08 = math.log(4)  # sigmoid is 0.8
@@ -32,7 +33,7 @@ def flags(*given: str) -> Namespace:
 
 # ---- Stage 1 -------------------------------------------------------------------------------------
 def test_distilling_loss_by_hand():
-    theta = column(LOGIT_08, -LOGIT_08, 0.0, 100.0)                       # |S - .5| = .3 .3 0 .5
+    theta = column(LOGIT_08, -LOGIT_08, 0.0, 100.0)  # |S - .5| = .3 .3 0 .5
     loss = usod.distilling_loss
     assert loss(theta).item() == pytest.approx(0.5 - (0.3 + 0.3 + 0 + 0.5) / 4)
     assert loss(theta, power=2).item() == pytest.approx(0.25 - (0.09 * 2 + 0.25) / 4)
@@ -56,13 +57,15 @@ def test_curriculum_of_the_paper_and_of_the_released_code():
     assert usod.curriculum(20 / 3 + 0.01, args) == (0, 1)
     assert usod.curriculum(0, flags("--pcl", "off"))[0] == 0
     args = flags("--epochs", "20", "--released")
-    times = [0, 0.9, 1, 4, 5.99, 6]                                       # epochs 1 1 2 5 6 7
+    times = [0, 0.9, 1, 4, 5.99, 6]  # epochs 1 1 2 5 6 7
     hard = [usod.curriculum(t, args)[0] for t in times]
     assert hard == pytest.approx([0.17, 0.17, 0.14, 0.05, 0.02, 0])
     power = [usod.curriculum(t, args)[1] for t in (0, 0.9, 10, 19.9)]
-    assert power == pytest.approx([2, 2, 2 ** 0.5, 2 ** 0.05])
+    assert power == pytest.approx([2, 2, 2**0.5, 2**0.05])
     assert usod.curriculum(10, flags("--epochs", "20", "--power", "annealed")) == (
-        0, pytest.approx(2 ** 0.5))
+        0,
+        pytest.approx(2**0.5),
+    )
 
 
 def test_released_transfer_has_no_curriculum():
@@ -77,7 +80,7 @@ def brute_btm(s, guide):
     side, total, edges = s > 0.5, 0.0, 0
     for y in range(h):
         for x in range(w):
-            near = side[max(y - 2, 0):y + 3, max(x - 2, 0):x + 3]
+            near = side[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
             if near.all() or not near.any():
                 continue
             edges += 1
@@ -94,8 +97,10 @@ def test_btm_loss_against_its_definition():
     seeded = torch.Generator().manual_seed(0)
     theta = F.interpolate(torch.randn(1, 1, 2, 3, generator=seeded), (32, 48), mode="bilinear")
     guide = 0.1 * torch.rand(1, 4, 32, 48, generator=seeded)
-    small = [F.interpolate(x, (8, 12), mode="bilinear", align_corners=True)[0]
-             for x in (torch.sigmoid(theta), guide)]
+    small = [
+        F.interpolate(x, (8, 12), mode="bilinear", align_corners=True)[0]
+        for x in (torch.sigmoid(theta), guide)
+    ]
     want = brute_btm(small[0][0], small[1])
     assert usod.btm_loss(theta, guide).item() == pytest.approx(want, rel=1e-5) and want > 0
 
@@ -127,7 +132,7 @@ def test_consistency_compares_maps_of_two_scales():
     alone = usod.cue_loss([one], guides[:1], 0, 1, 0.05)
     assert alone.item() == pytest.approx(0.5 - 0.3)
     both = usod.cue_loss([one, two], guides, 0, 1, 0.05)
-    assert both.item() == pytest.approx(2 * 0.2 + 0.6 ** 2)
+    assert both.item() == pytest.approx(2 * 0.2 + 0.6**2)
 
 
 def test_signs_by_hand():
@@ -140,12 +145,12 @@ def test_signs_by_hand():
 
 def test_both_scales_share_the_sign_of_the_first(monkeypatch):
     net = usod.CueExtractor(backbone("tiny", "none"))
-    one, two = -torch.ones(1, 1, 8, 8), torch.ones(1, 1, 16, 16)          # signs + and -
+    one, two = -torch.ones(1, 1, 8, 8), torch.ones(1, 1, 16, 16)  # signs + and -
     maps = {32: one, 64: two}
     monkeypatch.setattr(net, "activation", lambda image: maps[image.shape[2]])
     photos = [torch.zeros(1, 6, 32, 32), torch.zeros(1, 6, 64, 64)]
     assert [m.mean().item() for m in net(*photos)] == [-1, 1]
-    net.released = True                                                   # D6
+    net.released = True  # D6
     assert [m.mean().item() for m in net(*photos)] == [-1, -1]
 
 
@@ -165,9 +170,10 @@ def test_otsu_against_brute_force():
         def variance(t):
             low, high = x[x <= t], x[x > t]
             return len(low) * len(high) * (low.mean() - high.mean()) ** 2
+
         best = max(x.unique()[:-1], key=variance)
         assert torch.equal(found.flatten(), x > best)
-    assert usod.otsu(torch.full((1, 1, 4, 4), 0.3)).float().std() == 0    # one colour, one side
+    assert usod.otsu(torch.full((1, 1, 4, 4), 0.3)).float().std() == 0  # one colour, one side
 
 
 # ---- Stage 2 -------------------------------------------------------------------------------------
@@ -196,11 +202,13 @@ def test_detector_loss_weighs_heads_and_scales():
 def test_consistency_teaches_the_second_scale_alone():
     y = [torch.zeros(1, 1, 4, 4, requires_grad=True) for _ in range(2)]
     zero = torch.zeros(1, 1, 4, 4)
-    with_second = usod.detector_loss([[y[0]] + [zero] * 3, [y[1]] + [zero] * 3], zero, "iou",
-                                     [0, 0, 0])
+    with_second = usod.detector_loss(
+        [[y[0]] + [zero] * 3, [y[1]] + [zero] * 3], zero, "iou", [0, 0, 0]
+    )
     grads = torch.autograd.grad(with_second, y[0])[0]
-    alone = torch.autograd.grad(usod.detector_loss([[y[0]] + [zero] * 3], zero, "iou", [0, 0, 0]),
-                                y[0])[0]
+    alone = torch.autograd.grad(
+        usod.detector_loss([[y[0]] + [zero] * 3], zero, "iou", [0, 0, 0]), y[0]
+    )[0]
     assert torch.equal(grads, alone)
 
 
@@ -229,11 +237,14 @@ def test_the_modality_s_encoder_is_as_awake_as_the_photo_s(released, pixels):
     net = usod.make_net(2, args, None).train()
     data = Shapes("test", modality="depth", seed=1)
     samples = [data[i] for i in range(8)]
-    photo, depth = (torch.stack([TF.resize(s[part], [128, 128]) for s in samples]).float() / 255
-                    for part in ("image", "modality"))
+    photo, depth = (
+        torch.stack([TF.resize(s[part], [128, 128]) for s in samples]).float() / 255
+        for part in ("image", "modality")
+    )
     with torch.no_grad():
-        deep = [encoder(x)[4].std((0, 2, 3)).mean() for encoder, x in zip(net.encoders,
-                                                                          (photo, depth))]
+        deep = [
+            encoder(x)[4].std((0, 2, 3)).mean() for encoder, x in zip(net.encoders, (photo, depth))
+        ]
     assert 0.3 < deep[1] / deep[0] < 3
     mean = net.encoders[1].mean.flatten().tolist()
     assert mean == pytest.approx([0, 0, 0] if pixels == "unit" else [0.485, 0.456, 0.406])
@@ -243,30 +254,40 @@ def test_learning_rates():
     def rates(stage, *given):
         args = flags("--epochs", "10", "--lr", "1", *given)
         return [usod.rate(stage, time, args) for time in (0, 5, 10)]
+
     assert rates(1) == pytest.approx([1, 0.6, 0.2]) and rates(2) == [1, 1, 1]
-    assert rates(2, "--released") == pytest.approx([1, 0.6, 0.2])         # D4
+    assert rates(2, "--released") == pytest.approx([1, 0.6, 0.2])  # D4
 
 
 # ---- SPR -----------------------------------------------------------------------------------------
 def test_refiner_s_weights_sum_to_1_01_and_the_prior_s_to_one():
     image, s = torch.rand(2, 3, 24, 20), torch.full((2, 1, 24, 20), 0.5)
     assert (usod.pixel_refiner(image, s, 1) / 0.5).sub(1.01).abs().max() < 1e-5
-    assert (usod.pixel_refiner(image, s) / 0.5).sub(1.01 ** 6).abs().max() < 1e-5
+    assert (usod.pixel_refiner(image, s) / 0.5).sub(1.01**6).abs().max() < 1e-5
     assert usod.rectify(image, s, 0 * s, [1, 0, 0]).sub(0.5).abs().max() < 1e-5
 
 
 def test_refiner_against_its_definition():
     """One iteration at one pixel: 32 neighbours, squared differences over their deviation."""
     seeded = torch.Generator().manual_seed(2)
-    image, s = torch.rand(1, 3, 40, 40, generator=seeded), torch.rand(1, 1, 40, 40,
-                                                                     generator=seeded)
+    image, s = (
+        torch.rand(1, 3, 40, 40, generator=seeded),
+        torch.rand(1, 1, 40, 40, generator=seeded),
+    )
     y, x = 20, 17
-    places = [(d * i, d * j) for d in (1, 2, 4, 8) for i in (-1, 0, 1) for j in (-1, 0, 1)
-              if (i, j) != (0, 0)]
+    places = [
+        (d * i, d * j)
+        for d in (1, 2, 4, 8)
+        for i in (-1, 0, 1)
+        for j in (-1, 0, 1)
+        if (i, j) != (0, 0)
+    ]
     near = torch.stack([image[0, :, y + i, x + j] for i, j in places], 1)  # [3, 32]
     colour = ((near - image[0, :, y, x, None]) / near.std(1, keepdim=True) / 0.3).square().mean(0)
     reach = torch.tensor([math.hypot(*place) for place in places])
-    weight = torch.softmax(-colour, 0) + 0.01 * torch.softmax(-(reach / reach.std() / 0.3) ** 2, 0)
+    weight = torch.softmax(-colour, 0) + 0.01 * torch.softmax(
+        -((reach / reach.std() / 0.3) ** 2), 0
+    )
     want = sum(w * s[0, 0, y + i, x + j] for w, (i, j) in zip(weight, places))
     got = usod.pixel_refiner(image, s, iterations=1)[0, 0, y, x]
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
@@ -279,7 +300,7 @@ def test_refiner_moves_a_shifted_map_to_the_photo_s_edge():
     object_ = (image.mean(1, keepdim=True) > 0.5).float()
     for shift in (-4, 4):
         s = 0.1 + 0.8 * object_.roll(shift, 3)
-        s[..., :4], s[..., -4:] = 0.1, 0.9                                # roll wraps around
+        s[..., :4], s[..., -4:] = 0.1, 0.9  # roll wraps around
         refined = usod.rectify(image, s, s, [1, 0, 0])
         assert (refined - object_).abs().mean() < 0.9 * (s - object_).abs().mean()
         wrong = (s > 0.5).float() != object_
@@ -288,7 +309,7 @@ def test_refiner_moves_a_shifted_map_to_the_photo_s_edge():
 
 def test_rectified_label_by_hand():
     image, s, g = torch.rand(1, 3, 16, 16), torch.rand(1, 1, 16, 16), torch.rand(1, 1, 16, 16)
-    prior = usod.pixel_refiner(image, s) / 1.01 ** 6
+    prior = usod.pixel_refiner(image, s) / 1.01**6
     got = usod.rectify(image, s, g, [0.2, 0.6, 0.2])
     assert torch.allclose(got, 0.2 * prior + 0.6 * s + 0.2 * g) and 0 <= got.min() <= got.max() <= 1
     assert torch.equal(usod.rectify(image, s, g, [0, 0, 1]), g)
@@ -300,14 +321,16 @@ def test_rectified_label_by_hand():
 
 class Scenes:
     """Random photos, every second one with a modality."""
+
     title, names = "scenes", [f"{i}" for i in range(8)]
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
-        pixels = torch.randint(256, (6, 64, 64), generator=torch.Generator().manual_seed(i),
-                               dtype=torch.uint8)
+        pixels = torch.randint(
+            256, (6, 64, 64), generator=torch.Generator().manual_seed(i), dtype=torch.uint8
+        )
         return {"image": pixels[:3], "modality": pixels[3:] if i % 2 else None}
 
 
@@ -331,6 +354,7 @@ def test_label_bank_after_an_epoch_equals_the_formula_flips_included(bank):
 
     class Fixed(torch.nn.Module):
         """A detector whose map is the photo's red channel."""
+
         def __init__(self):
             super().__init__()
             self.bias = torch.nn.Parameter(torch.zeros(()))
@@ -345,14 +369,14 @@ def test_label_bank_after_an_epoch_equals_the_formula_flips_included(bank):
     net = Fixed()
     optimiser = torch.optim.SGD([{"params": [net.bias], "scale": 1.0}], lr=0.0)
     usod.train_epoch(2, net, optimiser, bank, labels, 1, args)
-    assert torch.equal(labels.pixels, before)                             # SPR begins in epoch 2
+    assert torch.equal(labels.pixels, before)  # SPR begins in epoch 2
     usod.train_epoch(2, net, optimiser, bank, labels, 2, args)
-    photos = bank.images(torch.arange(8))                                 # none is flipped here
+    photos = bank.images(torch.arange(8))  # none is flipped here
     s = 0.05 + 0.9 * photos[:, :1]
-    want = 0.2 * usod.pixel_refiner(photos, s) / 1.01 ** 6 + 0.6 * s + 0.2 * before / 255
+    want = 0.2 * usod.pixel_refiner(photos, s) / 1.01**6 + 0.6 * s + 0.2 * before / 255
     assert (labels.pixels / 255 - want).abs().max() < 0.51 / 255 + 1e-5
     flips = torch.rand(8, generator=generator("cpu", 0, "flip", 2)) < 0.5
-    assert flips.any() and not flips.all()                                # both ways were seen
+    assert flips.any() and not flips.all()  # both ways were seen
 
 
 # ---- Transfer and checkpoints --------------------------------------------------------------------
@@ -361,7 +385,7 @@ def test_an_adapter_adds_to_the_deepest_level_alone():
     net = usod.CueExtractor(backbone("tiny"), adapter=True).eval()
     image = torch.rand(1, 3, 64, 64)
     with_adapter = net.activation(image)
-    torch.nn.init.zeros_(net.adapter.norm.weight)                         # relu(0 + 0) = 0
+    torch.nn.init.zeros_(net.adapter.norm.weight)  # relu(0 + 0) = 0
     torch.nn.init.zeros_(net.adapter.norm.bias)
     silenced, net.adapter = net.activation(image), None
     assert torch.equal(silenced, net.activation(image))
@@ -373,7 +397,12 @@ def test_released_keys_are_all_accounted_for():
     state = net.state_dict() | usod.from_released({"decoder.new.weight": torch.zeros(1)})
     with pytest.raises(UserError, match="1 unexpected .new.weight"):
         load_state(net, state, "file")
-    kept = usod.from_released({"encoder.fc.weight": torch.zeros(1), "t_net.fc.bias": torch.zeros(1),
-                               "decoder.ad2.se.gn.weight": torch.zeros(1),
-                               "t_net.layer1.0.conv1.weight": torch.zeros(1)})
+    kept = usod.from_released(
+        {
+            "encoder.fc.weight": torch.zeros(1),
+            "t_net.fc.bias": torch.zeros(1),
+            "decoder.ad2.se.gn.weight": torch.zeros(1),
+            "t_net.layer1.0.conv1.weight": torch.zeros(1),
+        }
+    )
     assert list(kept) == ["encoders.1.layer1.0.conv1.weight"]

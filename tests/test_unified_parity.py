@@ -1,8 +1,9 @@
 """unified_usod.py computes what the authors' released code computes."""
+
 import pytest
+import recipe
 import torch
 
-import recipe
 import unified_usod as usod
 from common.backbones import backbone
 from common.runtime import load_state
@@ -64,9 +65,9 @@ def test_distilling_loss_and_gradient_equal_the_released_ones(epoch):
     args = usod.build_parser().parse_args(["--released"])
     args.epochs, args.power, args.pcl = (20, 10), "annealed", "on"
     hard, power = usod.curriculum(epoch - 0.5, args)  # the middle of the epoch
-    for name, hard in (("csd", 0.0), ("pcl", hard)):
+    for name, least in (("csd", 0.0), ("pcl", hard)):
         theta = recipe.logits("csd", (2, 1, 48, 64)).requires_grad_()
-        loss = usod.distilling_loss(theta, hard, power)
+        loss = usod.distilling_loss(theta, least, power)
         loss.backward()
         assert loss.item() == pytest.approx(description["scalars"][f"{name}_e{epoch}"], rel=1e-5)
         assert recipe.error("loss_a2s_v3", f"grad_{name}_e{epoch}", theta.grad) < 1e-4
@@ -105,8 +106,9 @@ def test_gradient_of_the_detector_s_loss_equals_the_released_one():
     g = (recipe.disk((2, 1, 96, 128)) > 0.5).float()
     y = recipe.logits("midd0", (2, 1, 24, 32)).requires_grad_()
     big = usod.resize(y, g, corners=False)
-    usod.detector_loss([[big, big.detach(), big.detach(), big.detach()]], g, "iou",
-                       [0.2, 0, 0]).backward()
+    usod.detector_loss(
+        [[big, big.detach(), big.detach(), big.detach()]], g, "iou", [0.2, 0, 0]
+    ).backward()
     assert recipe.error("loss_a2s_v3", "grad_midd_iou", y.grad) < 1e-4
 
 

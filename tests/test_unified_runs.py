@@ -1,4 +1,5 @@
 """unified_usod.py as its users run it: modes, flags, transfer, interruption, bad input."""
+
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 import unified_usod as usod
 from common.backbones import backbone
 from common.runtime import UserError
-from common.shapes import Shapes
+from data.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -34,10 +35,25 @@ def lists(tmp_path_factory):
 def flags_for(lists, out, size=64):
     """A joint run on two tasks: 24 scenes, six steps per epoch."""
     train, test = f"{lists}/side-train.txt", f"{lists}/side-test.txt"
-    return ["--data", f"shapes@{train}+shapes-depth@{train}", "--eval", f"shapes@{test}".replace(
-        "shapes", "shapes-test", 1), f"shapes-depth-test@{test}", "--size", str(size),
-        "--batch-size", "4", "--epochs", "2", "--width", "0.05", "--device", "cpu",
-        "--out", str(out)]
+    return [
+        "--data",
+        f"shapes@{train}+shapes-depth@{train}",
+        "--eval",
+        f"shapes@{test}".replace("shapes", "shapes-test", 1),
+        f"shapes-depth-test@{test}",
+        "--size",
+        str(size),
+        "--batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--width",
+        "0.05",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
 
 
 @pytest.fixture
@@ -56,8 +72,13 @@ def base(lists, tmp_path_factory):
 
 def command(*flags, launcher=()):
     """Run unified_usod.py as a program and return the finished process."""
-    return subprocess.run([sys.executable, *launcher, "unified_usod.py", *map(str, flags)],
-                          cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *launcher, "unified_usod.py", *map(str, flags)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def last(folder: Path, stage: int) -> dict:
@@ -66,7 +87,8 @@ def last(folder: Path, stage: int) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     return all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"]) and (
-        a["labels"] is None or torch.equal(a["labels"], b["labels"]))
+        a["labels"] is None or torch.equal(a["labels"], b["labels"])
+    )
 
 
 # ---- Modes ---------------------------------------------------------------------------------------
@@ -89,18 +111,31 @@ def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
     label = np.asarray(Image.open(next((run / "pseudo").glob("*/*.png"))))
     assert label.shape == (160, 160) and set(np.unique(label)) <= {0, 255}
     stored = last(run, 2)["labels"]
-    files = [run / "rectified" / f"{part}@side-train" / f"{name}.png" for part in (
-        "shapes-train", "shapes-train with depth") for name in Shapes("train").names[:STARTS]]
+    files = [
+        run / "rectified" / f"{part}@side-train" / f"{name}.png"
+        for part in ("shapes-train", "shapes-train with depth")
+        for name in Shapes("train").names[:STARTS]
+    ]
     assert all(np.array_equal(Image.open(file), label[0]) for file, label in zip(files, stored))
-    assert Image.open(run / "gallery.png").size == (5 * 160, 4 * 160)     # photo, 3 maps, truth
+    assert Image.open(run / "gallery.png").size == (5 * 160, 4 * 160)  # photo, 3 maps, truth
 
-    again = tmp_path / "again"                                            # the same numbers alone
-    usod.main(["--weights", str(run / "stage2" / "last.pt"), "--eval", f"shapes-depth-test@{lists}"
-               "/side-test.txt", "--out", str(again), "--device", "cpu"])
+    again = tmp_path / "again"  # the same numbers alone
+    usod.main(
+        [
+            "--weights",
+            str(run / "stage2" / "last.pt"),
+            "--eval",
+            f"shapes-depth-test@{lists}/side-test.txt",
+            "--out",
+            str(again),
+            "--device",
+            "cpu",
+        ]
+    )
     alone = json.loads((again / "stage2" / "eval.json").read_text())
     assert len(alone) == 1 and alone.items() <= results.items()
 
-    photos = tmp_path / "photos"                                          # any size, with depth
+    photos = tmp_path / "photos"  # any size, with depth
     for folder in ("images", "depth"):
         (photos / folder).mkdir(parents=True)
         for i, (stem, size) in enumerate((("wide", (90, 50)), ("tall", (33, 71)))):
@@ -110,8 +145,18 @@ def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
     assert done.returncode == 0, done.stderr
     made, cutout = (Image.open(run / "predict" / f"wide{end}.png") for end in ("", "_cutout"))
     assert made.size == (90, 50) and made.mode == "L" and cutout.mode == "RGBA"
-    usod.main(["--predict", str(photos / "images" / "tall.png"), "--weights",
-               str(run / "stage1" / "last.pt"), "--out", str(again), "--device", "cpu"])
+    usod.main(
+        [
+            "--predict",
+            str(photos / "images" / "tall.png"),
+            "--weights",
+            str(run / "stage1" / "last.pt"),
+            "--out",
+            str(again),
+            "--device",
+            "cpu",
+        ]
+    )
     assert Image.open(again / "predict" / "tall.png").size == (33, 71)
 
 
@@ -124,14 +169,27 @@ def test_the_modality_reaches_the_detector_in_evaluation(base, lists, tmp_path):
         if name == "bare":
             (tmp_path / "bare").mkdir()
             Image.fromarray(scene["image"].permute(1, 2, 0).numpy()).save(
-                tmp_path / "bare" / f"{scene['name']}.png")
+                tmp_path / "bare" / f"{scene['name']}.png"
+            )
         else:
             (tmp_path / "one.txt").write_text(scene["name"])
         source = tmp_path / "bare" if name == "bare" else f"{name}@{tmp_path}/one.txt"
-        usod.main(["--weights", str(folder / "stage2" / "last.pt"), "--device", "cpu", "--out",
-                   str(tmp_path / "out"), "--eval" if name != "bare" else "--predict", str(source)])
-    files = [next((tmp_path / "out").glob(pattern)) for pattern in ("stage2/pred/*/*.png",
-                                                                   "predict/*.png")]
+        usod.main(
+            [
+                "--weights",
+                str(folder / "stage2" / "last.pt"),
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "out"),
+                "--eval" if name != "bare" else "--predict",
+                str(source),
+            ]
+        )
+    files = [
+        next((tmp_path / "out").glob(pattern))
+        for pattern in ("stage2/pred/*/*.png", "predict/*.png")
+    ]
     maps = [np.asarray(Image.open(file)).astype(int) for file in files]
     assert maps[0].shape == maps[1].shape and np.abs(maps[0] - maps[1]).max() > 0
 
@@ -143,12 +201,31 @@ def test_dry_run_does_two_steps_of_everything(lists, tmp_path):
 
 
 # ---- Every flag does something -------------------------------------------------------------------
-STAGE_1 = [["--sign", "area"], ["--pcl", "off"], ["--power", "annealed"], ["--gamma", "1"],
-           ["--multi-scale", "off"], ["--seed", "1"], ["--lr", "0.5"], ["--bn", "batch"],
-           ["--released"], ["--borders", "replicate", "--backbone-weights", "none"]]
-STAGE_2 = [["--multi-scale", "off"], ["--loss", "bce"], ["--loss", "iou+bce"], ["--released"],
-           ["--aux", "0", "0", "0"], ["--spr", "0", "0", "1"], ["--spr", "0", "0.5", "0.5"],
-           ["--width", "0.1"], ["--lr", "0.002"], ["--pixels", "unit"], ["--amp", "bf16"]]
+STAGE_1 = [
+    ["--sign", "area"],
+    ["--pcl", "off"],
+    ["--power", "annealed"],
+    ["--gamma", "1"],
+    ["--multi-scale", "off"],
+    ["--seed", "1"],
+    ["--lr", "0.5"],
+    ["--bn", "batch"],
+    ["--released"],
+    ["--borders", "replicate", "--backbone-weights", "none"],
+]
+STAGE_2 = [
+    ["--multi-scale", "off"],
+    ["--loss", "bce"],
+    ["--loss", "iou+bce"],
+    ["--released"],
+    ["--aux", "0", "0", "0"],
+    ["--spr", "0", "0", "1"],
+    ["--spr", "0", "0.5", "0.5"],
+    ["--width", "0.1"],
+    ["--lr", "0.002"],
+    ["--pixels", "unit"],
+    ["--amp", "bf16"],
+]
 
 
 def variant(base, tmp_path, stage, i, extra):
@@ -183,6 +260,7 @@ def test_flags_of_the_pseudo_labels_change_them(extra):
         args = usod.build_parser().parse_args(given)
         usod.fill_defaults(args)
         return usod.refine(image, theta, args)
+
     scene = Shapes("test")[0]
     image = scene["image"][None] / 255
     theta = torch.linspace(-4, 1, 160).expand(1, 1, 160, 160) + scene["mask"][None] / 255
@@ -190,24 +268,29 @@ def test_flags_of_the_pseudo_labels_change_them(extra):
 
 
 def test_encoders_rest_in_epoch_1_and_move_slowly_later(base, tmp_path):
-    states = [variant(base, tmp_path, 2, i, ["--epochs", epochs])["model"]
-              for i, epochs in enumerate(("1", "2"))]
+    states = [
+        variant(base, tmp_path, 2, i, ["--epochs", epochs])["model"]
+        for i, epochs in enumerate(("1", "2"))
+    ]
     start = backbone("tiny").state_dict()
     for stream in (0, 1):
-        first, later = ({key: state[f"encoders.{stream}.{key}"] for key in start}
-                        for state in states)
+        first, later = (
+            {key: state[f"encoders.{stream}.{key}"] for key in start} for state in states
+        )
         assert all(torch.equal(first[key], start[key]) for key in start)
         assert not torch.equal(later["levels.4.0.weight"], start["levels.4.0.weight"])
 
 
 def test_spr_changes_labels_from_epoch_2_on_and_no_weights_leave_them(base, tmp_path):
-    kept = {epochs: variant(base, tmp_path, 2, epochs, ["--epochs", epochs])["labels"].int()
-            for epochs in ("1", "2")}
+    kept = {
+        epochs: variant(base, tmp_path, 2, epochs, ["--epochs", epochs])["labels"].int()
+        for epochs in ("1", "2")
+    }
     files = sorted((base[0] / "pseudo").glob("*/*.png"), key=lambda p: ("depth" in str(p), p.stem))
     stored = [np.asarray(Image.open(p).resize((32, 32), Image.BILINEAR)) for p in files]
     assert np.abs(kept["1"][:, 0].numpy() - np.stack(stored).astype(int)).mean() < 2  # resized
     changed = (kept["2"] - kept["1"]).abs().flatten(1).max(1).values
-    assert (changed > 50).all()                                           # all in one epoch
+    assert (changed > 50).all()  # all in one epoch
 
 
 # ---- Transfer ------------------------------------------------------------------------------------
@@ -215,20 +298,25 @@ def test_transfer_trains_the_adapter_alone_and_reports_zero_shot(base, lists):
     """Every other tensor of stage 1 stays what it was, bit for bit; the detector is a new one."""
     folder, flags = base
     target = f"shapes-top@{lists}/top-train.txt"
-    usod.main([*flags, "--transfer", target,
-               "--eval", f"shapes-top-test@{lists}/top-test.txt"])
+    usod.main([*flags, "--transfer", target, "--eval", f"shapes-top-test@{lists}/top-test.txt"])
     out = folder / "to-top-train.txt"
     before, after = last(folder, 1)["model"], last(out, 1)["model"]
     assert all(torch.equal(before[key], after[key]) for key in before)
     new = after.keys() - before.keys()
     assert new and all(key.startswith("adapter.") for key in new)
-    first = json.loads((out / "zero-shot" / "eval.json").read_text())     # kept before training
+    first = json.loads((out / "zero-shot" / "eval.json").read_text())  # kept before training
     assert len(first) == 3 and all(row.endswith("-zero-shot") for row in first)
     before, after = (last(f, 2)["model"]["heads.0.weight"] for f in (folder, out))
     assert not torch.equal(before, after)
     rows = list(json.loads((out / "stage2" / "eval.json").read_text()))
     assert [row.split("test")[-1] for row in rows] == [
-        "-cue-zero-shot", "-label-zero-shot", "-zero-shot", "-cue", "-label", ""]
+        "-cue-zero-shot",
+        "-label-zero-shot",
+        "-zero-shot",
+        "-cue",
+        "-label",
+        "",
+    ]
     assert len(list((out / "pseudo").glob("*.png"))) == STARTS
     # an adapted checkpoint is loaded with its adapter
     args = usod.build_parser().parse_args(["--device", "cpu"])
@@ -261,6 +349,7 @@ def test_two_and_two_epochs_equal_four_bit_for_bit(base, tmp_path, monkeypatch, 
         if epoch == 3:
             raise KeyboardInterrupt
         return train_epoch(at, net, optimiser, bank, labels, epoch, args)
+
     monkeypatch.setattr(usod, "train_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         variant(base, tmp_path, stage, "run", more)
@@ -288,14 +377,26 @@ def test_two_processes_equal_one_up_to_rounding(flags, tmp_path):
     one, two = last(tmp_path / "one", 1), last(tmp_path / "two", 1)
     for key, value in one["model"].items():
         assert torch.allclose(value.float(), two["model"][key].float(), rtol=1e-3, atol=1e-4), key
-    one, two = (json.loads((tmp_path / run / "stage1" / "eval.json").read_text())
-                for run in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / run / "stage1" / "eval.json").read_text()) for run in ("one", "two")
+    )
     for name, row in one.items():
         assert row == pytest.approx(two[name], abs=5e-3)
-    labels = last(tmp_path / "two", 2)["labels"].int()                    # all are rectified
-    usod.main([*flags, "--epochs", "1", "--stage", "2", "--labels", str(tmp_path / "two/pseudo"),
-               "--out", str(tmp_path / "start")])
-    start = last(tmp_path / "start", 2)["labels"].int()                   # of the photos
+    labels = last(tmp_path / "two", 2)["labels"].int()  # all are rectified
+    usod.main(
+        [
+            *flags,
+            "--epochs",
+            "1",
+            "--stage",
+            "2",
+            "--labels",
+            str(tmp_path / "two/pseudo"),
+            "--out",
+            str(tmp_path / "start"),
+        ]
+    )
+    start = last(tmp_path / "start", 2)["labels"].int()  # of the photos
     assert ((labels - start).abs().flatten(1).amax(1) > 20).all()
 
 
@@ -337,7 +438,7 @@ def test_sets_that_cannot_be_scored_are_refused_before_training(tmp_path, monkey
     flags = ["--data", tmp_path / "a/photos", "--backbone", "tiny", "--out", tmp_path / "run"]
     sentence = refused(*flags, "--eval", tmp_path / "a/photos", tmp_path / "b/photos")
     assert "two --eval sets are called photos" in sentence
-    sample = {"image": torch.zeros(3, 8, 8), "mask": None}                # of a captioned set
+    sample = {"image": torch.zeros(3, 8, 8), "mask": None}  # of a captioned set
     monkeypatch.setattr(usod.harness, "open_set", lambda *_: [sample])
     assert "x has no masks" in refused(*flags, "--eval", "x")
     assert not (tmp_path / "run").exists()
@@ -350,7 +451,7 @@ def test_a_checkpoint_s_run_is_above_its_stage_or_where_it_was_copied_to():
 
 def test_weights_with_nothing_to_do_are_refused():
     args = usod.build_parser().parse_args(["--weights", "last.pt", "--batch-size", "1"])
-    args.eval = []                                                        # as of a run on photos
+    args.eval = []  # as of a run on photos
     with pytest.raises(UserError, match="--eval SET or --predict PATH"):
         usod.harness.prepare(args, "unified_usod")
 
@@ -364,9 +465,10 @@ def test_transfer_with_missing_data_is_refused_before_any_scoring(base, monkeypa
 def test_transfer_takes_the_width_of_stage_2(base, monkeypatch):
     folder, _ = base
     found = [last(folder, 1), last(folder, 2)]
-    found[0]["args"]["width"] = 1.0                       # trained by another command, unused there
-    monkeypatch.setattr(usod.runtime, "load_checkpoint",
-                        lambda path, *_: found["stage2" in str(path)])
+    found[0]["args"]["width"] = 1.0  # trained by another command, unused there
+    monkeypatch.setattr(
+        usod.runtime, "load_checkpoint", lambda path, *_: found["stage2" in str(path)]
+    )
     args = usod.build_parser().parse_args(["--transfer", "video", "--out", str(folder)])
     usod.open_base(args)
     assert args.width == 0.05
@@ -405,9 +507,15 @@ def test_a_photo_without_its_depth_is_named(tmp_path):
 def test_a_released_checkpoint_is_loaded_by_its_keys(tmp_path):
     """What the authors' file of stage 1 holds, from our network under their names."""
     net = usod.CueExtractor(backbone("resnet50", "none"))
-    theirs = {"gate.": "se.conv.", "se3.": "decoder.ad2.", "se4.": "decoder.ad3.",
-              "se5.": "decoder.ad4.", "se0.": "decoder.fusion.", "conv.": "ad0.0.",
-              "norm.": "ad0.1."}
+    theirs = {
+        "gate.": "se.conv.",
+        "se3.": "decoder.ad2.",
+        "se4.": "decoder.ad3.",
+        "se5.": "decoder.ad4.",
+        "se0.": "decoder.fusion.",
+        "conv.": "ad0.0.",
+        "norm.": "ad0.1.",
+    }
     state = {}
     for key, value in net.state_dict().items():
         if not key.startswith("encoder."):
@@ -417,11 +525,33 @@ def test_a_released_checkpoint_is_loaded_by_its_keys(tmp_path):
     state |= {"decoder.ad2.se.gn.weight": torch.ones(64), "encoder.fc.bias": torch.ones(1000)}
     torch.save(state, tmp_path / "a2s.pth")
     Image.new("RGB", (64, 40)).save(tmp_path / "photo.png")
-    usod.main(["--weights", str(tmp_path / "a2s.pth"), "--predict", str(tmp_path / "photo.png"),
-               "--out", str(tmp_path / "out"), "--size", "64", "--device", "cpu"])
+    usod.main(
+        [
+            "--weights",
+            str(tmp_path / "a2s.pth"),
+            "--predict",
+            str(tmp_path / "photo.png"),
+            "--out",
+            str(tmp_path / "out"),
+            "--size",
+            "64",
+            "--device",
+            "cpu",
+        ]
+    )
     assert Image.open(tmp_path / "out" / "predict" / "photo.png").size == (64, 40)
     del state["decoder.ad3.ad0.0.weight"]
     torch.save(state, tmp_path / "short.pth")
     with pytest.raises(UserError, match="1 missing .se4.conv.weight"):
-        usod.main(["--weights", str(tmp_path / "short.pth"), "--predict",
-                   str(tmp_path / "photo.png"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        usod.main(
+            [
+                "--weights",
+                str(tmp_path / "short.pth"),
+                "--predict",
+                str(tmp_path / "photo.png"),
+                "--out",
+                str(tmp_path / "out"),
+                "--device",
+                "cpu",
+            ]
+        )

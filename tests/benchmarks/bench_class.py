@@ -8,6 +8,7 @@ a CPU too). Training is forward, loss and backward. Each round runs both in turn
 the median rates and the median of the ratios (above 1: ours is faster), and at its end the batch
 with the fastest prediction.
 """
+
 import argparse
 import statistics
 import sys
@@ -28,7 +29,7 @@ class NaivePositionAttention(PositionAttention):
 
     def forward(self, high, low):
         f_h, f_l, value = (x.flatten(2) for x in (self.query(high), self.key(low), self.value(low)))
-        s = torch.softmax(f_h.transpose(1, 2) @ f_l, -1)                 # [B, N_h, N_l]
+        s = torch.softmax(f_h.transpose(1, 2) @ f_l, -1)  # [B, N_h, N_l]
         found = (s @ value.transpose(1, 2)).transpose(1, 2)
         return self.alpha * found.reshape(high.shape) + high
 
@@ -72,8 +73,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=352)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8],
-                        help="tried for prediction; the last one is the batch of training")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 8],
+        help="tried for prediction; the last one is the batch of training",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     args.device, reason = pick_device(args.device)
@@ -82,8 +88,10 @@ def main() -> None:
     image = torch.rand(2, 3, args.size, args.size, device=args.device)
     with torch.no_grad():
         error = (nets[0].eval()(image)[0] - nets[1].eval()(image)[0]).abs().max().item()
-    print(f"{args.device} ({reason}), {torch.get_num_threads()} thread(s), {args.backbone}, "
-          f"{args.size} px, amp {args.amp}; outputs differ by {error:.1e} in float32")
+    print(
+        f"{args.device} ({reason}), {torch.get_num_threads()} thread(s), {args.backbone}, "
+        f"{args.size} px, amp {args.amp}; outputs differ by {error:.1e} in float32"
+    )
     print(f"{'images/s':24}{'ours':>9}{'naive':>9}{'ratio':>8}")
     rates = {}
     jobs = [(size, False) for size in args.batches] + [(args.batches[-1], True)]
@@ -97,8 +105,11 @@ def main() -> None:
         ours, naive = (size / statistics.median(t[k] for t in times) for k in (0, 1))
         ratio = statistics.median(t[1] / t[0] for t in times)
         rates |= {} if training else {size: ours}
-        print(f"{'training' if training else 'prediction'}, batch {size:<8} {ours:9.2f}{naive:9.2f}"
-              f"{ratio:8.2f}", flush=True)
+        print(
+            f"{'training' if training else 'prediction'}, batch {size:<8} {ours:9.2f}{naive:9.2f}"
+            f"{ratio:8.2f}",
+            flush=True,
+        )
     print(f"best batch of prediction: {max(rates, key=rates.get)}")
 
 

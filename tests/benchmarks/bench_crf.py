@@ -13,6 +13,7 @@ Accuracy: mean absolute difference to the exact sums in float64, at half of the 
 images of tests/reference/crf.npz; with --images and --masks (of the same stems) also of six photos,
 at 160 pixels along the longer side, whose masks are shrunk to 10 to 40 cells and made noisy.
 """
+
 import argparse
 import resource
 import statistics
@@ -27,7 +28,14 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from common.crf import (  # noqa: E402
-    Pixels, colour_grid, dense_crf, gaussian, hard_unary, photo_sxy, space_functions)
+    Pixels,
+    colour_grid,
+    dense_crf,
+    gaussian,
+    hard_unary,
+    photo_sxy,
+    space_functions,
+)
 from common.datasets import load_image, load_mask  # noqa: E402
 from common.metrics import find_images  # noqa: E402
 
@@ -58,7 +66,7 @@ def with_exact_sums(image, prob, sxy, srgb, dtype=torch.float32):
     places = [torch.arange(n, dtype=dtype) for n in prob.shape[2:]]
     features = torch.cat([torch.cartesian_prod(*places) / sxy, image[0].flatten(1).T / srgb], 1)
     kernel = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-    kernel.square_().mul_(-0.5).clamp_(min=-80).exp_()                   # [N, N]
+    kernel.square_().mul_(-0.5).clamp_(min=-80).exp_()  # [N, N]
     y, x = (gaussian(place, place, 3.0) for place in places)
     for k in (kernel, y, x):
         root = k.sum(1).rsqrt()
@@ -82,8 +90,10 @@ def load_cases(folder, size):
             image = load_image(paths[k * len(paths) // 4])
         image, prob = image[None].float(), torch.from_numpy(data[f"prob{k % 2}"])[None, None] / 255
         if size:
-            image, prob = (F.interpolate(t, (size, size), mode="bilinear", align_corners=False)
-                           for t in (image, prob))
+            image, prob = (
+                F.interpolate(t, (size, size), mode="bilinear", align_corners=False)
+                for t in (image, prob)
+            )
         cases.append((image.round().byte(), prob.clamp(0, 1)))
     return cases
 
@@ -115,8 +125,9 @@ def accuracy_on_photos(images, masks):
     """Errors on six photos: those in SIX where they are, else others."""
     photos, masks = find_images(images), find_images(masks)
     both = [stem for stem in photos if stem in masks]
-    stems = {stem: seed for stem, seed in SIX.items() if stem in both} \
-        or {stem: seed for seed, stem in enumerate(both[::max(1, len(both) // 6)])}
+    stems = {stem: seed for stem, seed in SIX.items() if stem in both} or {
+        stem: seed for seed, stem in enumerate(both[:: max(1, len(both) // 6)])
+    }
     errors = {name: [] for name in SETTINGS}
     for (stem, seed), cells in zip(stems.items(), (10, 15, 20, 25, 30, 40)):
         image, mask = load_image(photos[stem])[None].float(), load_mask(masks[stem])[None] / 255
@@ -132,8 +143,12 @@ def accuracy_on_photos(images, masks):
             programs = [dense_crf, with_pydensecrf] if pydensecrf else [dense_crf]
             results = [np.asarray(program(*case)).reshape(exact.shape) for program in programs]
             a, b = results[0] > 0.5, exact > 0.5
-            errors[name].append([(a & b).sum() / (a | b).sum(),
-                                 *(np.abs(result - exact).mean() for result in results)])
+            errors[name].append(
+                [
+                    (a & b).sum() / (a | b).sum(),
+                    *(np.abs(result - exact).mean() for result in results),
+                ]
+            )
     for name, rows in errors.items():
         iou, ours, theirs = (*np.mean(rows, 0), np.nan)[:3]
         print(f"{f'{name} {len(rows)} photos':18}{ours:9.5f}{theirs:12.5f}{iou:14.4f}")
@@ -155,8 +170,20 @@ def accuracy():
 def time_products(cases, device):
     """W v and W^T v with r functions of the place, milliseconds per photo: CSR and its rivals."""
     image = cases[0][0].to(device)
-    print(f"\n{f'on {device}, ms':16}" + "".join(f"{name:>15}" for name in (
-        "W, as used", "embedding_bag", "gather", "W^T, as used", "index_add", "segment_reduce")))
+    print(
+        f"\n{f'on {device}, ms':16}"
+        + "".join(
+            f"{name:>15}"
+            for name in (
+                "W, as used",
+                "embedding_bag",
+                "gather",
+                "W^T, as used",
+                "index_add",
+                "segment_reduce",
+            )
+        )
+    )
     for name, (sxy, srgb) in SETTINGS.items():
         vertex, share, exchange = colour_grid(image, srgb)
         fy, fx = (f.to(device) for f in space_functions(*image.shape[2:], sxy))
@@ -166,17 +193,23 @@ def time_products(cases, device):
         ends, entry = pixels.send.crow_indices().long(), at.view(-1).argsort(stable=True)
 
         def index_add():
-            return torch.zeros_like(table).index_add_(0, at.view(-1), (phi[:, None] * weight)
-                                                      .flatten(0, 1))
+            return torch.zeros_like(table).index_add_(
+                0, at.view(-1), (phi[:, None] * weight).flatten(0, 1)
+            )
 
         def segment_reduce():
             sent = phi[entry // 4] * weight.flatten()[entry, None]
             return torch.segment_reduce(sent, "sum", offsets=ends)
+
         out = torch.empty_like(phi)
-        ways = [lambda: torch.addmm(out, pixels.read, table, beta=0, out=out),
-                lambda: F.embedding_bag(at, table, per_sample_weights=pixels.share, mode="sum"),
-                lambda: (table[at] * weight).sum(1),
-                lambda: pixels.send @ phi, index_add, segment_reduce]
+        ways = [
+            lambda: torch.addmm(out, pixels.read, table, beta=0, out=out),
+            lambda: F.embedding_bag(at, table, per_sample_weights=pixels.share, mode="sum"),
+            lambda: (table[at] * weight).sum(1),
+            lambda: pixels.send @ phi,
+            index_add,
+            segment_reduce,
+        ]
         for way in ways:
             assert torch.allclose(way(), ways[ways.index(way) // 3 * 3](), atol=1e-3)
 
@@ -184,6 +217,7 @@ def time_products(cases, device):
             way()
             if image.is_cuda:
                 torch.cuda.synchronize()
+
         spent = [1000 * statistics.median(seconds(timed, way) for _ in range(9)) for way in ways]
         print(f"{name:16}" + "".join(f"{ms:15.2f}" for ms in spent))
 
@@ -194,23 +228,27 @@ def time_batches(cases, device):
     A product with A reads 4 vertices and 4 shares of a pixel twice and streams its r functions of
     the place about five times; there are 11, one of them for the row sums.
     """
+
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
-    block = torch.zeros(2 ** 28, dtype=torch.uint8, device=device)
+
+    block = torch.zeros(2**28, dtype=torch.uint8, device=device)
     copies = [seconds(lambda: (block.clone(), wait())) for _ in range(7)]
     bandwidth = 2 * len(block) / min(copies)
     print(f"\n{f'on {device.type}':16}" + "".join(f"{f'batch {b}':>20}" for b in (1, 8, 32)))
     for name, settings in SETTINGS.items():
         cells = []
         for batch in (1, 8, 32):
-            image, prob = (torch.cat([case[k] for case in cases] * 32)[:batch].to(device)
-                           for k in (0, 1))
+            image, prob = (
+                torch.cat([case[k] for case in cases] * 32)[:batch].to(device) for k in (0, 1)
+            )
             unary = prob if name == "prob" else hard_unary(prob > 0.5)
 
             def run():
                 dense_crf(image, unary, *settings, max_bytes=32e9)
                 wait()
+
             run()
             spent = statistics.median(seconds(run) for _ in range(7))
             functions = space_functions(*image.shape[2:], settings[0])[0].shape[1]
@@ -224,7 +262,7 @@ def refine_large():
     (image, prob), *_ = load_cases(None, None)
     image, prob = (F.interpolate(t.float(), (3000, 4000), mode="bilinear") for t in (image, prob))
     spent = seconds(dense_crf, image.byte(), prob, photo_sxy(3000, 4000))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"4,000 x 3,000 pixels: {spent:.0f} s, {peak:.1f} GB at most")
 
 

@@ -11,6 +11,7 @@ Then whole folders (of five times as many generated pairs) are scored by one pro
 core, starting them included, and the counting of a batch is timed on the CPU and on CUDA. At the
 end: the largest difference of a score of one image from PySODMetrics.
 """
+
 import argparse
 import contextlib
 import io
@@ -118,13 +119,16 @@ def run(pred: Path, gt: Path, images: int, rounds: int) -> None:
     files = everything[:images]
     pairs = [tuple(np.array(load_grey(path)) for path in pair) for pair in files]
     other, name = (pysod, "PySODMetrics") if py_sod_metrics else (plain, "plain code")
-    print(f"{len(pairs)} pairs, the first {pairs[0][0].shape}, torch {torch.__version__}, "
-          f"reference: {name}")
+    print(
+        f"{len(pairs)} pairs, the first {pairs[0][0].shape}, torch {torch.__version__}, "
+        f"reference: {name}"
+    )
     print(f"{'milliseconds per image':44s} {'reference':>10} {'ours':>10}   ratio")
 
     def decoding(*functions):
-        return [lambda p, g, f=f: f(np.array(load_grey(p)), np.array(load_grey(g)))
-                for f in functions]
+        return [
+            lambda p, g, f=f: f(np.array(load_grey(p)), np.array(load_grey(g))) for f in functions
+        ]
 
     metrics = Metrics()
     for p, g in pairs:
@@ -152,6 +156,7 @@ def run(pred: Path, gt: Path, images: int, rounds: int) -> None:
     row("decoding the two files", None, *interleaved(decoding(lambda p, g: None), files, rounds))
     row("scores from the counts, once per data set", None, spent)
     for wf in (True, False):
+
         def one():
             for pair in everything:
                 score_files(pair, wf, True, "128", "bilinear", "keep")
@@ -178,21 +183,31 @@ def run(pred: Path, gt: Path, images: int, rounds: int) -> None:
 
 def report_differences(scores: dict[str, torch.Tensor], pairs: list) -> None:
     """Print the largest difference from PySODMetrics over all images, for each score."""
-    names = {"MAE": ("MAE",), "Smeasure": ("S",), "WeightedFmeasure": ("wF",),
-             "Fmeasure": ("F_adp", "F_mean", "F_max"), "Emeasure": ("E_adp", "E_mean", "E_max")}
+    names = {
+        "MAE": ("MAE",),
+        "Smeasure": ("S",),
+        "WeightedFmeasure": ("wF",),
+        "Fmeasure": ("F_adp", "F_mean", "F_max"),
+        "Emeasure": ("E_adp", "E_mean", "E_max"),
+    }
     worst = dict.fromkeys((name for group in names.values() for name in group), 0.0)
     for i, (pred, gt) in enumerate(pairs):
         for measure, group in names.items():
             found = getattr(py_sod_metrics, measure)()
             found.step(pred, gt)
-            value, = (v for key, v in found.get_results().items() if key != "pr")
-            values = [value] if len(group) == 1 else \
-                [value["adp"], value["curve"].mean(), value["curve"].max()]
+            (value,) = (v for key, v in found.get_results().items() if key != "pr")
+            values = (
+                [value]
+                if len(group) == 1
+                else [value["adp"], value["curve"].mean(), value["curve"].max()]
+            )
             for name, expected in zip(group, values):
                 difference = abs(scores[name][i].item() - expected)
-                worst[name] = max(worst[name], difference, key=lambda v: (v != v, v))    # NaN first
-    print("largest difference per image: "
-          + ", ".join(f"{name} {value:.0e}" for name, value in worst.items()))
+                worst[name] = max(worst[name], difference, key=lambda v: (v != v, v))  # NaN first
+    print(
+        "largest difference per image: "
+        + ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ turn, so that a busy machine slows all of them; the table shows the median over 
 ratio to the unguided step of the same round. The captioner has random weights, so its captions are
 as long as they can be: the ratio of "live" is an upper bound.
 """
+
 import argparse
 import statistics
 import sys
@@ -58,18 +59,24 @@ def main():
         def run():
             sdg_sod.structure_loss(net(image, m), mask).backward()
             net.zero_grad()
+
         return run
-    variants = {"no guidance, width 256": step(network(options, 256)),
-                "guidance, precomputed": step(guided, maps),
-                "guidance, live captioner": step(guided),
-                "no guidance, width 768": step(network(options, 768))}
+
+    variants = {
+        "no guidance, width 256": step(network(options, 256)),
+        "guidance, precomputed": step(guided, maps),
+        "guidance, live captioner": step(guided),
+        "no guidance, width 768": step(network(options, 768)),
+    }
     times = {name: [] for name in variants}
-    for turn in range(options.rounds + 1):                   # the first one only warms up
+    for turn in range(options.rounds + 1):  # the first one only warms up
         for name, run in variants.items():
             times[name] += [seconds(run, device)] if turn else []
     base = times["no guidance, width 256"]
-    print(f"{options.encoder}, {side} px, batch {options.batch}, {device}, "
-          f"{torch.get_num_threads()} thread(s), median of {options.rounds} rounds")
+    print(
+        f"{options.encoder}, {side} px, batch {options.batch}, {device}, "
+        f"{torch.get_num_threads()} thread(s), median of {options.rounds} rounds"
+    )
     for name, each in times.items():
         ratio = statistics.median(a / b for a, b in zip(each, base))
         print(f"{name:26}{1000 * statistics.median(each):9.0f} ms{ratio:8.3f}")

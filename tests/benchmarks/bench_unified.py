@@ -12,6 +12,7 @@ time of ours, of the straightforward version, and the median of the ratios. Stra
 
 Both versions compute the same numbers; the script checks it.
 """
+
 import argparse
 import statistics
 import sys
@@ -42,10 +43,18 @@ class Straight(usod.CueExtractor):
 
 def slow_refiner(image, s):
     """PAR of one image, all neighbours stacked in memory, with torch.std."""
-    near = torch.stack(usod.around(image), 2)                            # [B, 3, 32, H, W]
-    colour = ((near - image[:, :, None]).abs() / (near.std(2, keepdim=True) + 1e-8) / 0.3)
-    place = torch.tensor([d * (2 ** 0.5 if i and j else 1) for d in (1, 2, 4, 8)
-                          for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j], device=image.device)
+    near = torch.stack(usod.around(image), 2)  # [B, 3, 32, H, W]
+    colour = (near - image[:, :, None]).abs() / (near.std(2, keepdim=True) + 1e-8) / 0.3
+    place = torch.tensor(
+        [
+            d * (2**0.5 if i and j else 1)
+            for d in (1, 2, 4, 8)
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+            if i or j
+        ],
+        device=image.device,
+    )
     place = torch.softmax(-(place / (place.std() + 1e-8) / 0.3).square(), 0)
     weight = torch.softmax(-colour.square().mean(1), 1) + 0.01 * place[:, None, None]
     for _ in range(6):
@@ -56,7 +65,7 @@ def slow_refiner(image, s):
 def slow_spr(images, maps, files):
     """Image by image, from file to file."""
     for image, s, file in zip(images, maps, files):
-        prior = slow_refiner(image[None], s[None])[0] / 1.01 ** 6
+        prior = slow_refiner(image[None], s[None])[0] / 1.01**6
         g = torch.from_numpy(np.array(Image.open(file), np.float32) / 255).to(s.device)
         g = 0.2 * prior + 0.6 * s + 0.2 * g
         save_png(file, (g[0] * 255 + 0.5).byte().cpu())
@@ -90,9 +99,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
-    args = usod.build_parser().parse_args(["--backbone", given.backbone, "--size", str(given.size),
-                                           "--backbone-weights", "none", "--width",
-                                           str(given.width)])
+    args = usod.build_parser().parse_args(
+        [
+            "--backbone",
+            given.backbone,
+            "--size",
+            str(given.size),
+            "--backbone-weights",
+            "none",
+            "--width",
+            str(given.width),
+        ]
+    )
     usod.fill_defaults(args)
     args.device, _ = pick_device(given.device)
     device = args.device
@@ -102,8 +120,10 @@ def main():
     has = torch.ones(given.batch, dtype=torch.bool, device=device)
     labels = (torch.rand(given.batch, 1, given.size, given.size, device=device) > 0.5).float()
     guides = [usod.guide(x, has) for x in (pair, big)]
-    print(f"{device}, {torch.get_num_threads()} thread(s), {given.backbone}, batch {given.batch}, "
-          f"{given.size} px\n{'':28} {'ours':>13} {'straight':>15} {'ratio':>10}")
+    print(
+        f"{device}, {torch.get_num_threads()} thread(s), {given.backbone}, batch {given.batch}, "
+        f"{given.size} px\n{'':28} {'ours':>13} {'straight':>15} {'ratio':>10}"
+    )
 
     def cue_step(net):
         def step():
@@ -111,7 +131,9 @@ def main():
             with autocast(device, "auto"):
                 thetas = net(pair, big)
             usod.cue_loss(thetas, guides, 0.1, 1.0, 0.05).backward()
+
         return step
+
     net = usod.make_net(1, args, "none").train()
     straight = Straight(net.encoder).to(device).train()
     straight.load_state_dict(net.state_dict())
@@ -132,9 +154,16 @@ def main():
             with autocast(device, "auto"):
                 out = detector(pair, big)
             usod.detector_loss(out, labels, "iou", [0.2, 0, 0]).backward()
+
         return step
-    compare("stage 2, a step of epoch 1", detector_step(False), detector_step(True), given.rounds,
-            device)
+
+    compare(
+        "stage 2, a step of epoch 1",
+        detector_step(False),
+        detector_step(True),
+        given.rounds,
+        device,
+    )
 
     index, flip = torch.arange(given.batch), torch.zeros(given.batch, dtype=torch.bool)
     bank = MapBank(lambda i: (labels[i] * 255).byte().cpu(), given.batch, given.size, device)
@@ -150,6 +179,7 @@ def main():
 
         def straight_spr():
             slow_spr(pair[:, :3], s, files)
+
         spr(), straight_spr()
         stored = torch.stack([torch.from_numpy(np.array(Image.open(f))) for f in files])
         assert (bank.pixels[:, 0].cpu().int() - stored.int()).abs().max() <= 1

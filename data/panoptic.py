@@ -15,6 +15,7 @@ A PNG spells the id of a pixel's segment as its colour: id = R + 256 G + 65536 B
 (isthing) can be counted, stuff (sky, grass) cannot; a crowd (iscrowd) is several things in one
 segment. Photos that are not there are left out, so a part of COCO will do.
 """
+
 import json
 import re
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ from common.runtime import UserError
 
 class Segment(NamedTuple):
     """One segment of an image; area in pixels, box (left, top, width, height)."""
+
     id: int
     category: str
     thing: bool
@@ -40,6 +42,7 @@ class Segment(NamedTuple):
 
 class Row(NamedTuple):
     """One image of the JSON: file names, (H, W), and segments_info as it is."""
+
     photo: str
     size: tuple[int, int]
     png: str
@@ -73,21 +76,27 @@ class Panoptic(Dataset):
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         self.rows = [row for row in rows if row.photo in there]
         if not self.rows:
-            raise MissingSet(f"none of the {len(rows)} photos of {self.json} are in {folder}; "
-                             f"unpack {split}.zip there, see data/README.md")
+            raise MissingSet(
+                f"none of the {len(rows)} photos of {self.json} are in {folder}; "
+                f"unpack {split}.zip there, see data/README.md"
+            )
         if only is not None:
             wanted = set(only)
             self.rows = [row for row in self.rows if Path(row.photo).stem in wanted]
             lost = sorted(wanted.difference(Path(row.photo).stem for row in self.rows))
             if lost or not wanted:
-                raise UserError(f"{len(lost)} of the {len(wanted)} stems asked for are not in "
-                                f"{self.title}: {some(lost)}")
+                raise UserError(
+                    f"{len(lost)} of the {len(wanted)} stems asked for are not in "
+                    f"{self.title}: {some(lost)}"
+                )
         self.names = [Path(row.photo).stem for row in self.rows]
         homes = [base / f"panoptic_{split}" for base in (self.json.parent, self.root)]
         self.folder = next((home for home in homes if home.is_dir()), None)
         if self.folder is None:
-            raise MissingSet(f"there is no folder {homes[0]}; the archive of the annotations holds "
-                             f"panoptic_{split}.zip, which is to be unpacked, too")
+            raise MissingSet(
+                f"there is no folder {homes[0]}; the archive of the annotations holds "
+                f"panoptic_{split}.zip, which is to be unpacked, too"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,11 +112,21 @@ class Panoptic(Dataset):
     def segments(self, i: int) -> list[Segment]:
         """The segments of scene `i`, as the JSON lists them; opens no picture."""
         try:
-            return [Segment(s["id"], *self.categories[s["category_id"]], bool(s["iscrowd"]),
-                            s["area"], tuple(s["bbox"])) for s in self.rows[i].segments]
+            return [
+                Segment(
+                    s["id"],
+                    *self.categories[s["category_id"]],
+                    bool(s["iscrowd"]),
+                    s["area"],
+                    tuple(s["bbox"]),
+                )
+                for s in self.rows[i].segments
+            ]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{self.json}: a segment of {self.names[i]} is malformed ({error!r}); "
-                            "fetch the annotations again") from None
+            raise UserError(
+                f"{self.json}: a segment of {self.names[i]} is malformed ({error!r}); "
+                "fetch the annotations again"
+            ) from None
 
     def labels(self, i: int) -> np.ndarray:
         """Which segment each pixel of scene `i` belongs to: 0 is void, k is segments(i)[k - 1].
@@ -115,21 +134,25 @@ class Panoptic(Dataset):
         path, (height, width) = self.folder / self.rows[i].png, self.size(i)
         picture = read(path)
         if picture.mode != "RGB" or picture.size != (width, height):
-            raise UserError(f"{path} is a {picture.mode} picture of {picture.width} x "
-                            f"{picture.height} pixels, not RGB of {width} x {height} as in "
-                            f"{self.json.name}; fetch the panoptic annotations again")
+            raise UserError(
+                f"{path} is a {picture.mode} picture of {picture.width} x "
+                f"{picture.height} pixels, not RGB of {width} x {height} as in "
+                f"{self.json.name}; fetch the panoptic annotations again"
+            )
         found = decode_ids(np.asarray(picture))
         known = np.array([0] + [segment.id for segment in self.segments(i)])
         order = np.argsort(known)
         place = np.searchsorted(known, found, sorter=order).clip(max=len(known) - 1)
-        labels = order[place].astype(np.uint16)                          # [H, W]
+        labels = order[place].astype(np.uint16)  # [H, W]
         strange = np.unique(found[known[labels] != found])
         absent = np.setdiff1d(np.arange(len(known)), [0, *np.unique(labels)])
         if len(strange) or len(absent):
             ids = [str(id) for id in (*strange, *known[absent])]
             where = "the picture" if len(strange) else self.json.name
-            raise UserError(f"{path} does not belong to {self.json.name}: id {some(ids)} in "
-                            f"{where} only; fetch the panoptic annotations again")
+            raise UserError(
+                f"{path} does not belong to {self.json.name}: id {some(ids)} in "
+                f"{where} only; fetch the panoptic annotations again"
+            )
         return labels
 
     def mask(self, i: int, chosen: Iterable[int]) -> np.ndarray:
@@ -141,10 +164,20 @@ class Panoptic(Dataset):
     def __getitem__(self, i: int) -> dict:
         image, labels = load_image(self.photo(i)), self.labels(i)
         if image.shape[1:] != labels.shape:
-            raise UserError(f"{self.photo(i)} is {image.shape[2]} x {image.shape[1]} pixels, but "
-                            f"its PNG is {labels.shape[1]} x {labels.shape[0]}; fetch it again")
-        return {"image": image, "mask": None, "modality": None, "caption": None, "labels": labels,
-                "name": self.names[i], "size": self.size(i), "segments": self.segments(i)}
+            raise UserError(
+                f"{self.photo(i)} is {image.shape[2]} x {image.shape[1]} pixels, but "
+                f"its PNG is {labels.shape[1]} x {labels.shape[0]}; fetch it again"
+            )
+        return {
+            "image": image,
+            "mask": None,
+            "modality": None,
+            "caption": None,
+            "labels": labels,
+            "name": self.names[i],
+            "size": self.size(i),
+            "segments": self.segments(i),
+        }
 
 
 def read_annotations(path: Path) -> tuple[dict[int, tuple[str, bool]], list[Row]]:
@@ -153,20 +186,28 @@ def read_annotations(path: Path) -> tuple[dict[int, tuple[str, bool]], list[Row]
     Raises `UserError` for a file of another form, and for file names that leave their folder.
     """
     if not path.is_file():
-        raise MissingSet(f"there is no file {path}; unpack COCO's panoptic annotations into "
-                         f"{path.parent.parent}, see data/README.md")
+        raise MissingSet(
+            f"there is no file {path}; unpack COCO's panoptic annotations into "
+            f"{path.parent.parent}, see data/README.md"
+        )
     try:
         content = json.loads(path.read_bytes())
         categories = {c["id"]: (c["name"], bool(c["isthing"])) for c in content["categories"]}
-        photos = {image["id"]: (image["file_name"], (image["height"], image["width"]))
-                  for image in content["images"]}
-        rows = [Row(*photos[a["image_id"]], a["file_name"], a["segments_info"])
-                for a in content["annotations"]]
-        outside = [name for row in rows for name in (row.photo, row.png)
-                   if re.search(r"[/\\]|^\.*$", name)]
+        photos = {
+            image["id"]: (image["file_name"], (image["height"], image["width"]))
+            for image in content["images"]
+        }
+        rows = [
+            Row(*photos[a["image_id"]], a["file_name"], a["segments_info"])
+            for a in content["annotations"]
+        ]
+        outside = [
+            name for row in rows for name in (row.photo, row.png) if re.search(r"[/\\]|^\.*$", name)
+        ]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} does not hold panoptic annotations ({error!r}); fetch it again"
-                        ) from None
+        raise UserError(
+            f"{path} does not hold panoptic annotations ({error!r}); fetch it again"
+        ) from None
     if outside:
         raise UserError(f"{path} names files outside of their folder: {some(outside)}")
     return categories, rows

@@ -8,6 +8,7 @@
 Tokens are numbers of words: PAD after the end, START, the words, END. A word that is not in the
 vocabulary is left out; a caption with more than 28 words is cut and has no end.
 """
+
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ def vocabulary(captions: Sequence[Sequence[str]], size: int = 10_000) -> list[st
     """The most frequent words of the captions of all photos, `size` with the special tokens."""
     counts = Counter(word for texts in captions for text in texts for word in split(text))
     most = sorted(counts, key=lambda word: (-counts[word], word))
-    return ["[PAD]", "[START]", "[END]", *most[:size - 3]]
+    return ["[PAD]", "[START]", "[END]", *most[: size - 3]]
 
 
 def numbers(count: int) -> list[str]:
@@ -50,14 +51,15 @@ def read_vocabulary(path: str | Path, count: int) -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the vocabulary {path} ({error})") from None
     if len(lines) != count:
-        raise UserError(f"{path} has {len(lines)} lines, but the captioner knows {count} words; "
-                        "give the vocabulary that it was trained with")
+        raise UserError(
+            f"{path} has {len(lines)} lines, but the captioner knows {count} words; "
+            "give the vocabulary that it was trained with"
+        )
     return [line.split("\t")[0] for line in lines]
 
 
 def whole(words: list[str]) -> bool:
-    """Are these whole words, made by `vocabulary`? Else they are SentencePiece's pieces or numbers.
-    """
+    """Whether these are whole words, made by `vocabulary`, not SentencePiece's pieces."""
     return words[START] == "[START]"
 
 
@@ -68,7 +70,7 @@ def tokenise(captions: Sequence[Sequence[str]], words: list[str]) -> tuple[Tenso
     for i, texts in enumerate(captions):
         for k, text in enumerate(texts):
             row = [START, *(number[word] for word in split(text) if word in number), END][:LENGTH]
-            tokens[i, k, :len(row)] = torch.tensor(row)
+            tokens[i, k, : len(row)] = torch.tensor(row)
     return tokens, torch.tensor([len(texts) for texts in captions])
 
 
@@ -127,13 +129,17 @@ class Scores:
             objects = self.dataset.objects(self.dataset.names.index(sample["name"]))
             for j, word in enumerate(said):
                 kind = next((k for k in self.dataset.classes if word in (k, k + "s", k + "es")), "")
-                same = [one["mask"] for one in objects
-                        if one["class"] == kind and one["colour"] == said[max(j - 1, 0)]]
+                same = [
+                    one["mask"]
+                    for one in objects
+                    if one["class"] == kind and one["colour"] == said[max(j - 1, 0)]
+                ]
                 self.sums.update(named=kind > "")
                 if same:
                     mask = torch.from_numpy(sum(same) > 0).to(maps)
-                    heat = F.interpolate(maps[j][None, None], mask.shape, mode="bilinear",
-                                         align_corners=False)[0, 0]
+                    heat = F.interpolate(
+                        maps[j][None, None], mask.shape, mode="bilinear", align_corners=False
+                    )[0, 0]
                     inside = (heat * mask).sum() / heat.sum().clamp(min=1e-9)
                     self.sums.update(true=1, area=mask.mean().item(), inside=inside.item())
 
@@ -145,8 +151,9 @@ class Scores:
     def merge(self, world: World) -> None:
         """Add up the sums and captions of all processes."""
         self.sums = sum(world.gather(self.sums), Counter())
-        self.texts = {name: said for texts in world.gather(self.texts)
-                      for name, said in texts.items()}
+        self.texts = {
+            name: said for texts in world.gather(self.texts) for name, said in texts.items()
+        }
 
     def means(self) -> dict[str, float]:
         """Those of the following that the data set allows.
@@ -158,19 +165,28 @@ class Scores:
         inside  attention of the true names within the masks of these objects
         area    the share of the picture that the masks cover: `inside` of a look without aim
         """
-        pairs = (("next", "tokens"), ("said", "words"), ("true", "named"), ("inside", "true"),
-                 ("area", "true"))
+        pairs = (
+            ("next", "tokens"),
+            ("said", "words"),
+            ("true", "named"),
+            ("inside", "true"),
+            ("area", "true"),
+        )
         return {a: self.sums[a] / self.sums[b] for a, b in pairs if self.sums[b]}
 
     def report(self, folder: Path) -> None:
         """Print the means and five captions; write <folder>/captions-<set>.json."""
         means = self.means()
-        print(f"captions of {self.dataset.title}: "
-              + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
+        print(
+            f"captions of {self.dataset.title}: "
+            + ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        )
         for name in list(self.texts)[:5]:
             print(f"    {name}: {' '.join(self.texts[name])}")
-        save_json(folder / f"captions-{self.dataset.title}.json",
-                  {"scores": means, "captions": self.texts})
+        save_json(
+            folder / f"captions-{self.dataset.title}.json",
+            {"scores": means, "captions": self.texts},
+        )
 
 
 def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int = 160) -> Tensor:
@@ -179,8 +195,7 @@ def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int 
     cells = [TF.resize(p.cpu(), [side, side]).expand(3, -1, -1) for p in pictures]
     for m in maps.cpu().float():
         m = m / m.max().clamp(min=1e-9)
-        heat = F.interpolate(m[None, None], (side, side), mode="bilinear",
-                             align_corners=False)[0]
+        heat = F.interpolate(m[None, None], (side, side), mode="bilinear", align_corners=False)[0]
         cells.append(cells[0] * (0.2 + 0.8 * heat))
     strip = F.pad(torch.cat(cells, 2), (0, 0, 0, 16), value=1)
     picture = Image.fromarray((strip * 255 + 0.5).byte().permute(1, 2, 0).numpy())

@@ -30,6 +30,7 @@ How hard it is: Otsu's threshold on the distance to the border's mean colour rea
 (beta^2 = 0.3) of 0.56 on the test split and 0.48 on that of "top"; with the Mahalanobis distance,
 0.78 and 0.83.
 """
+
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,9 +42,16 @@ from torch.utils.data import Dataset
 
 from common.runtime import UserError
 
-RGB = {"red": (205, 40, 40), "orange": (240, 140, 30), "yellow": (235, 215, 60),
-       "green": (50, 150, 60), "blue": (45, 85, 200), "purple": (135, 60, 165),
-       "white": (238, 238, 234), "black": (32, 32, 36)}
+RGB = {
+    "red": (205, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (235, 215, 60),
+    "green": (50, 150, 60),
+    "blue": (45, 85, 200),
+    "purple": (135, 60, 165),
+    "white": (238, 238, 234),
+    "black": (32, 32, 36),
+}
 COLOURS, TOP_COLOURS = tuple(RGB), ("red", "yellow", "blue", "white")
 CLASSES = ("disc", "square", "triangle", "star", "ring", "cross", "heart", "crescent")
 TOP_CLASSES = ("plane", "ship", "tank", "house")
@@ -74,7 +82,7 @@ def mirror(*half: tuple[float, float]) -> np.ndarray:
 def outline(name: str) -> np.ndarray:
     """The polygon of a class, with area 1 and the box's middle at the origin. [N, 2]"""
     t = np.linspace(0, 2 * np.pi, 72)
-    horn = arc(50, 50, 1)[0] - (0.5, 0)                      # crescent: a tip seen from its hollow
+    horn = arc(50, 50, 1)[0] - (0.5, 0)  # crescent: a tip seen from its hollow
     hollow, bend = np.hypot(*horn), np.degrees(np.arctan2(horn[1], horn[0]))
     points = {
         "disc": arc(0, 360),
@@ -82,16 +90,45 @@ def outline(name: str) -> np.ndarray:
         "triangle": arc(0, 360, 4),
         "star": arc(0, 360, 11, np.where(np.arange(11) % 2, 0.42, 1)),
         "ring": np.concatenate([arc(0, 360), arc(360, 0, radius=0.55)]),
-        "cross": np.array([(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3),
-                           (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]),
-        "heart": np.stack([16 * np.sin(t) ** 3, 5 * np.cos(2 * t) - 13 * np.cos(t)
-                           + 2 * np.cos(3 * t) + np.cos(4 * t)], 1),
+        "cross": np.array(
+            [
+                (1, 3),
+                (1, 1),
+                (3, 1),
+                (3, -1),
+                (1, -1),
+                (1, -3),
+                (-1, -3),
+                (-1, -1),
+                (-3, -1),
+                (-3, 1),
+                (-1, 1),
+                (-1, 3),
+            ]
+        ),
+        "heart": np.stack(
+            [
+                16 * np.sin(t) ** 3,
+                5 * np.cos(2 * t) - 13 * np.cos(t) + 2 * np.cos(3 * t) + np.cos(4 * t),
+            ],
+            1,
+        ),
         "crescent": np.concatenate([arc(50, 310), arc(360 - bend, bend, radius=hollow) + (0.5, 0)]),
-        "plane": mirror((1, 0), (.85, .1), (.35, .13), (-.2, .95), (-.42, .95), (-.15, .13),
-                        (-.7, .1), (-.92, .4), (-1.05, .4), (-.95, 0)),
-        "ship": mirror((1, 0), (.75, .16), (.4, .24), (-.85, .24), (-1, .15)),
+        "plane": mirror(
+            (1, 0),
+            (0.85, 0.1),
+            (0.35, 0.13),
+            (-0.2, 0.95),
+            (-0.42, 0.95),
+            (-0.15, 0.13),
+            (-0.7, 0.1),
+            (-0.92, 0.4),
+            (-1.05, 0.4),
+            (-0.95, 0),
+        ),
+        "ship": mirror((1, 0), (0.75, 0.16), (0.4, 0.24), (-0.85, 0.24), (-1, 0.15)),
         "tank": arc(0, 360),
-        "house": np.array([(-1, -.7), (1, -.7), (1, .1), (.2, .1), (.2, .8), (-1, .8)]),
+        "house": np.array([(-1, -0.7), (1, -0.7), (1, 0.1), (0.2, 0.1), (0.2, 0.8), (-1, 0.8)]),
     }[name]
     points = points - (points.min(0) + points.max(0)) / 2
     x, y = points.T
@@ -103,7 +140,7 @@ def coverage(polygons: list[np.ndarray], size: int) -> np.ndarray:
     canvas = Image.new("L", (4 * size, 4 * size))
     draw = ImageDraw.Draw(canvas)
     for polygon in polygons:
-        corners = np.floor(polygon * 4 * size)               # the pixels that hold the corners
+        corners = np.floor(polygon * 4 * size)  # the pixels that hold the corners
         draw.polygon(corners.ravel().tolist(), fill=255)
     return np.asarray(canvas.reduce(4), np.float32) / 255
 
@@ -112,14 +149,16 @@ def coverage(polygons: list[np.ndarray], size: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Thing:
     """A salient object: class, name of its colour, painted colour [3] in 0..255, outline [N, 2]."""
+
     kind: str
     colour: str
     rgb: np.ndarray
     polygon: np.ndarray
 
 
-def lay_out(rng: np.random.Generator, view: str, named: bool = False
-            ) -> tuple[str, np.ndarray, list[Thing]]:
+def lay_out(
+    rng: np.random.Generator, view: str, named: bool = False
+) -> tuple[str, np.ndarray, list[Thing]]:
     """Return (kind of background, its two colours [2, 3], things from the back to the front)."""
     if view == "top":
         ground = list(GROUNDS)[rng.integers(len(GROUNDS))]
@@ -133,23 +172,25 @@ def lay_out(rng: np.random.Generator, view: str, named: bool = False
         names = [name for name in COLOURS if gap[name] > 75] or [max(gap, key=gap.get)]
         classes, most, areas = CLASSES, 3, (0.03, 0.25)
     fewest, areas = (2, (0.03, 0.12)) if named else (1, areas)
-    crowding = 0.8 if rng.random() < 0.15 else 1             # below 1: things may overlap a little
+    crowding = 0.8 if rng.random() < 0.15 else 1  # below 1: things may overlap a little
     things, taken = [], []
     for k in range(rng.integers(fewest, most + fewest)):
         pool = classes if not named or k > 1 else [c for c in classes if (c in NAMED) == (k == 0)]
         kind, colour = str(rng.choice(pool)), str(rng.choice(names))
         tint = np.clip(RGB[colour] + rng.uniform(-16, 16, 3), 0, 255)
         tint = tint if view == "side" else 0.65 * tint + 45  # muted
-        for _ in range(20):                                  # until it fits, else do without it
+        for _ in range(20):  # until it fits, else do without it
             area, angle = np.exp(rng.uniform(*np.log(areas))), rng.uniform(0, 360)
             along, stretch = arc(angle, angle, 1)[0], np.exp(rng.uniform(-0.12, 0.12))
             points = outline(kind) * (stretch, 1 / stretch) * np.sqrt(area)
             points = points @ np.stack([along, along[::-1] * (-1, 1)])
             radius = np.linalg.norm(points, axis=1).max()
-            edge = min(0.85 * radius, 0.5)                   # a corner may leave the picture
+            edge = min(0.85 * radius, 0.5)  # a corner may leave the picture
             centre = rng.uniform(edge, 1 - edge, 2)
-            if radius < 0.45 and all(np.linalg.norm(centre - other) > crowding * (radius + reach)
-                                     for other, reach in taken):
+            if radius < 0.45 and all(
+                np.linalg.norm(centre - other) > crowding * (radius + reach)
+                for other, reach in taken
+            ):
                 things.append(Thing(kind, colour, tint, points + centre))
                 taken.append((centre, radius))
                 break
@@ -159,13 +200,19 @@ def lay_out(rng: np.random.Generator, view: str, named: bool = False
 def describe(things: list[Thing], shares: list[np.ndarray]) -> list[dict]:
     """What `Shapes.objects` returns, from the things and their coverages [H, W]."""
     found, hidden = [], np.zeros(shares[0].shape, bool)
-    for thing, share in zip(things[::-1], shares[::-1]):     # from the front: it hides the rest
+    for thing, share in zip(things[::-1], shares[::-1]):  # from the front: it hides the rest
         mask = (share >= 0.5) & ~hidden
         hidden |= mask
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        found.append({"class": thing.kind, "colour": thing.colour, "mask": mask,
-                      "box": (*map(int, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)),),
-                      "centre": (*(float(axis[mask].mean()) for axis in grid(len(mask))),)})
+        found.append(
+            {
+                "class": thing.kind,
+                "colour": thing.colour,
+                "mask": mask,
+                "box": (*map(int, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)),),
+                "centre": (*(float(axis[mask].mean()) for axis in grid(len(mask))),),
+            }
+        )
     return found[::-1]
 
 
@@ -189,7 +236,7 @@ def noise(rng: np.random.Generator, size: int, *cells: int) -> np.ndarray:
     for count in cells:
         coarse = rng.standard_normal((count + 2, count + 2), np.float32)
         total += Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-    return total * (1.3 / len(cells) ** 0.5)                 # 1.3: what interpolation took away
+    return total * (1.3 / len(cells) ** 0.5)  # 1.3: what interpolation took away
 
 
 def step(x: np.ndarray, width: float) -> np.ndarray:
@@ -230,19 +277,22 @@ def texture(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
     return sum(step(grid(size)[1] - skyline, 0.02) for skyline in skylines) / 3
 
 
-def paint_side(rng: np.random.Generator, kind: str, pair: np.ndarray, things: list[Thing],
-               size: int) -> np.ndarray:
+def paint_side(
+    rng: np.random.Generator, kind: str, pair: np.ndarray, things: list[Thing], size: int
+) -> np.ndarray:
     """A textured background with everything on it that is not salient. float [3, H, W], 0..255"""
     image = blend(rgb(*pair[0]), rgb(*pair[1]), texture(rng, kind, size))
-    for _ in range(rng.integers(1, 4)):                      # regions of another texture
+    for _ in range(rng.integers(1, 4)):  # regions of another texture
         two = np.clip(pair + rng.uniform(-90, 90, (2, 3)), 10, 245)
         if min(np.linalg.norm(two - thing.rgb, axis=1).min() for thing in things) < 60:
-            continue                                         # it would hide a thing of its colour
+            continue  # it would hide a thing of its colour
         region = blend(rgb(*two[0]), rgb(*two[1]), texture(rng, str(rng.choice(BACKGROUNDS)), size))
         image = blend(image, region, step(noise(rng, size, 2) - 0.8, rng.uniform(0.1, 1)))
-    for colour in rng.choice(COLOURS, 3):                    # lines and specks
-        marks = [arc(0, 360, 12, rng.uniform(0.006, 0.018)) + rng.uniform(0, 1, 2)
-                 for _ in range(rng.integers(8))]
+    for colour in rng.choice(COLOURS, 3):  # lines and specks
+        marks = [
+            arc(0, 360, 12, rng.uniform(0.006, 0.018)) + rng.uniform(0, 1, 2)
+            for _ in range(rng.integers(8))
+        ]
         for _ in range(rng.integers(3)):
             start, angle = rng.uniform(0, 1, 2), rng.uniform(0, 360)
             along = arc(angle, angle, 1)[0] * rng.uniform(0.1, 0.6)
@@ -252,14 +302,15 @@ def paint_side(rng: np.random.Generator, kind: str, pair: np.ndarray, things: li
     return image + noise(rng, size, 5) * rng.uniform(0, 12)  # blotches
 
 
-def paint_top(rng: np.random.Generator, ground: str, shares: list[np.ndarray],
-              size: int) -> np.ndarray:
+def paint_top(
+    rng: np.random.Generator, ground: str, shares: list[np.ndarray], size: int
+) -> np.ndarray:
     """Farmland, sea or airfield from above. float [3, H, W], 0..255"""
     u, v = turned(rng, size)
     grain = noise(rng, size, 10, 24, 60)
     if ground == "the sea":
         waves = 3 * np.sin(140 * u + 2 * noise(rng, size, 6))
-        ships = blur(sum(shares), 0.05 * size)               # the land keeps away from them
+        ships = blur(sum(shares), 0.05 * size)  # the land keeps away from them
         coast = noise(rng, size, 2) + 1.5 * u - rng.uniform(0.4, 1.4) - 8 * ships
         image = blend(rgb(52, 82, 96) + waves + 4 * grain, rgb(150, 165, 160), step(coast, 0.3))
         return blend(image, rgb(118, 112, 86) + 9 * grain, step(coast - 0.1, 0.05))
@@ -273,19 +324,22 @@ def paint_top(rng: np.random.Generator, ground: str, shares: list[np.ndarray],
         image = tints[field].transpose(2, 0, 1) + furrows + 5 * grain
         road = abs(u + 0.05 * noise(rng, size, 3) + rng.uniform(-0.3, 0.3))
         image = blend(image, rgb(158, 152, 142), step(0.016 - road, 0.008))
-        trees = [arc(0, 360, 9, rng.uniform(0.007, 0.017)) + rng.uniform(0, 1, 2)
-                 for _ in range(rng.integers(5, 40))]
+        trees = [
+            arc(0, 360, 9, rng.uniform(0.007, 0.017)) + rng.uniform(0, 1, 2)
+            for _ in range(rng.integers(5, 40))
+        ]
         return blend(image, rgb(58, 72, 50), 0.8 * coverage(trees, size))
     slabs = rng.uniform(-7, 7, 14).astype(np.float32)[field]  # an airfield
     image = rgb(136, 136, 132) + slabs + 4 * grain
     image = blend(image, rgb(104, 112, 82) + 8 * grain, step(noise(rng, size, 3) - 0.6, 0.1))
-    middle = abs(v + rng.uniform(-0.3, 0.3))                 # of the runway
+    middle = abs(v + rng.uniform(-0.3, 0.3))  # of the runway
     image = blend(image, rgb(98, 98, 100), step(0.09 - middle, 0.01))
     return blend(image, rgb(205, 205, 200), step(0.006 - middle, 0.006) * step(np.sin(50 * u), 0.4))
 
 
-def paint(rng: np.random.Generator, view: str, layout: tuple, shares: list[np.ndarray],
-          size: int) -> np.ndarray:
+def paint(
+    rng: np.random.Generator, view: str, layout: tuple, shares: list[np.ndarray], size: int
+) -> np.ndarray:
     """The picture of a layout whose things have the coverages `shares`. uint8 [3, H, W]"""
     ground, _, things = layout
     if view == "top":
@@ -297,12 +351,12 @@ def paint(rng: np.random.Generator, view: str, layout: tuple, shares: list[np.nd
     for thing, share in zip(things, shares):
         slope = turned(rng, size)[0]
         slope = slope - (slope * share).sum() / share.sum()
-        slope /= float(np.ptp(thing.polygon, 0).max())       # about -0.5 to 0.5 across the thing
+        slope /= float(np.ptp(thing.polygon, 0).max())  # about -0.5 to 0.5 across the thing
         shade = 1 + rng.uniform(0.1, 0.5) * slope + 0.06 * noise(rng, size, 8, 20)
-        if rng.random() < 0.3:                               # some are faintly striped
+        if rng.random() < 0.3:  # some are faintly striped
             shade = shade + 0.12 * np.sin(30 * slope)
         image = blend(image, rgb(*thing.rgb) * shade, share)
-    if view == "side":                                       # uneven light on everything
+    if view == "side":  # uneven light on everything
         light = rng.uniform(0, 0.45) * turned(rng, size)[0] + 0.12 * noise(rng, size, 2)
         image = image * (1 + light)
     image += rng.standard_normal(image.shape, np.float32) * rng.uniform(2, 7)
@@ -335,21 +389,28 @@ def thermal(rng: np.random.Generator, shares: list[np.ndarray], size: int) -> np
 
 def flow(rng: np.random.Generator, shares: list[np.ndarray], size: int) -> np.ndarray:
     """Motion (1 is the fastest) on the colour wheel. [3, H, W] in [0, 1]"""
+
     def direction() -> np.ndarray:
         return arc(*[rng.uniform(0, 360)] * 2, 1).reshape(2, 1, 1).astype(np.float32)
+
     x, y = grid(size) - 0.5
     zoom, turn = rng.uniform(-0.4, 0.4, 2).tolist()
     motion = np.stack([zoom * x - turn * y, zoom * y + turn * x])
     motion = motion + direction() * rng.uniform(0, 0.5)
-    for _ in range(2):                                       # parallax of the background's parts
+    for _ in range(2):  # parallax of the background's parts
         motion = motion + direction() * rng.uniform(0.1, 0.4) * step(noise(rng, size, 3) - 0.9, 0.2)
     for share in shares:
         around = (motion * share).sum((1, 2), keepdims=True) / share.sum()
         motion = blend(motion, around + direction() * rng.uniform(0.35, 0.7), share)
     motion = motion + 0.03 * np.stack([noise(rng, size, 8, 20), noise(rng, size, 8, 20)])
     hue, speed = np.arctan2(motion[1], motion[0]) / (2 * math.pi) % 1, np.hypot(*motion).clip(0, 1)
-    wheel = Image.merge("HSV", [Image.fromarray((255 * band).astype(np.uint8))
-                                for band in (hue, speed, np.ones_like(speed))]).convert("RGB")
+    wheel = Image.merge(
+        "HSV",
+        [
+            Image.fromarray((255 * band).astype(np.uint8))
+            for band in (hue, speed, np.ones_like(speed))
+        ],
+    ).convert("RGB")
     wheel = wheel.filter(ImageFilter.GaussianBlur(0.006 * size))
     return np.asarray(wheel, np.float32).transpose(2, 0, 1) / 255
 
@@ -374,13 +435,20 @@ def write_captions(rng: np.random.Generator, ground: str, objects: list[dict]) -
         for b, two in zip(seen, objects):
             dx, dy = np.subtract(one["centre"], two["centre"])
             if a != b and max(abs(dx), abs(dy)) >= MARGIN:
-                word = ("above" if dy < 0 else "below") if abs(dy) > abs(dx) else \
-                    ("left of" if dx < 0 else "right of")
+                word = (
+                    ("above" if dy < 0 else "below")
+                    if abs(dy) > abs(dx)
+                    else ("left of" if dx < 0 else "right of")
+                )
                 relations.append(f"{phrase(*a)} {word} {phrase(*b)}")
     relations = list(dict.fromkeys(relations))
     rng.shuffle(relations)
-    lists = [f"a picture of {everything}", f"{where}, {everything}", f"{everything} in the picture",
-             f"there {'are' if len(seen) > 1 else 'is'} {everything}"]
+    lists = [
+        f"a picture of {everything}",
+        f"{where}, {everything}",
+        f"{everything} in the picture",
+        f"there {'are' if len(seen) > 1 else 'is'} {everything}",
+    ]
     rng.shuffle(lists)
     return [f"{everything} {where}", *relations[:3], *lists][:5]
 
@@ -397,10 +465,21 @@ class Shapes(Dataset):
     Raises `UserError` for an unknown split, modality or view, and for a smaller size.
     """
 
-    def __init__(self, split: str = "train", modality: str | None = None, view: str = "side",
-                 size: int = 160, count: int | None = None, seed: int = 0, named: bool = False):
-        for what, value, known in (("split", split, tuple(COUNTS)), ("view", view, VIEWS),
-                                   ("modality", modality, (None, *MODALITIES))):
+    def __init__(
+        self,
+        split: str = "train",
+        modality: str | None = None,
+        view: str = "side",
+        size: int = 160,
+        count: int | None = None,
+        seed: int = 0,
+        named: bool = False,
+    ):
+        for what, value, known in (
+            ("split", split, tuple(COUNTS)),
+            ("view", view, VIEWS),
+            ("modality", modality, (None, *MODALITIES)),
+        ):
             if value not in known:
                 raise UserError(f"shapes have no {what} {value!r}; choose one of {known}")
         if size < 32:
@@ -419,8 +498,15 @@ class Shapes(Dataset):
         """The random numbers of scene `i` for one of `STREAMS`."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.title} has {len(self)} scenes, not one of number {i}")
-        return np.random.default_rng((self.seed, list(COUNTS).index(self.split),
-                                      VIEWS.index(self.view), int(i), STREAMS.index(name)))
+        return np.random.default_rng(
+            (
+                self.seed,
+                list(COUNTS).index(self.split),
+                VIEWS.index(self.view),
+                int(i),
+                STREAMS.index(name),
+            )
+        )
 
     def labels(self, i: int) -> torch.Tensor:
         """1 for the classes in scene `i`, else 0; draws nothing. float [len(self.classes)]"""
@@ -450,14 +536,18 @@ class Shapes(Dataset):
         shares = [coverage([thing.polygon], self.size) for thing in things]
         objects = self.salient(describe(things, shares))
         image = paint(self.stream(i, "paint"), self.view, layout, shares, self.size)
-        mask = np.any([one["mask"] for one in objects], 0)[None]                # [1, H, W]
+        mask = np.any([one["mask"] for one in objects], 0)[None]  # [1, H, W]
         modality = None
         if self.modality:
             draw = {"depth": depth, "thermal": thermal, "flow": flow}[self.modality]
             picture = draw(self.stream(i, self.modality), shares, self.size)
             picture = (picture.clip(0, 1) * 255).astype(np.uint8)
             modality = torch.from_numpy(picture).expand(3, -1, -1).contiguous()  # grey: 3 times
-        return {"image": torch.from_numpy(image), "mask": torch.from_numpy(mask * np.uint8(255)),
-                "modality": modality,
-                "caption": write_captions(self.stream(i, "words"), ground, objects),
-                "name": self.names[i], "size": (self.size, self.size)}
+        return {
+            "image": torch.from_numpy(image),
+            "mask": torch.from_numpy(mask * np.uint8(255)),
+            "modality": modality,
+            "caption": write_captions(self.stream(i, "words"), ground, objects),
+            "name": self.names[i],
+            "size": (self.size, self.size),
+        }

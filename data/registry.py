@@ -2,6 +2,7 @@
 
 data/README.md tells more about each of them: layout, paper, traps.
 """
+
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +20,13 @@ class Entry(NamedTuple):
     counts: accepted numbers of images; empty where no reliable number is known.
     needs:  what every image must come with.
     """
+
     origin: str
     places: str
     counts: tuple[int, ...] = ()
     needs: str = "mask"
     sparse: bool = False  # only some frames are annotated: leave out the others
-    step: int = 1         # keep every step-th frame of DAVSOD's clips, whose names hold "select"
+    step: int = 1  # keep every step-th frame of DAVSOD's clips, whose names hold "select"
 
 
 REGISTRY = {
@@ -96,21 +98,29 @@ TERMS = dict.fromkeys(SOURCES, "none stated; cite the paper") | {
     "Flickr8k": "non-commercial research and education",
 }
 
-# The built-in sets: options of common.shapes.Shapes. Each task has scenes of its own (seed), as the
+# The built-in sets: options of data.shapes.Shapes. Each task has scenes of its own (seed), as the
 # public sets have: joint training is to see more photos, not the same ones again.
-SHAPES = {"shapes": {}, "shapes-depth": {"modality": "depth", "seed": 1},
-          "shapes-thermal": {"modality": "thermal", "seed": 2},
-          "shapes-video": {"modality": "flow", "seed": 3}, "shapes-top": {"view": "top"},
-          "shapes-named": {"named": True}, "shapes-named-60": {"named": True, "count": 60}}
+SHAPES = {
+    "shapes": {},
+    "shapes-depth": {"modality": "depth", "seed": 1},
+    "shapes-thermal": {"modality": "thermal", "seed": 2},
+    "shapes-video": {"modality": "flow", "seed": 3},
+    "shapes-top": {"view": "top"},
+    "shapes-named": {"named": True},
+    "shapes-named-60": {"named": True, "count": 60},
+}
 SHAPES |= {f"{name}-test": {**options, "split": "test"} for name, options in SHAPES.items()}
 
 
 def read_split(name: str, splits: str) -> list[str]:
     """The stems (or clips) of the given splits ('train,val') in data/splits/<name>.txt."""
     text = (SPLITS / f"{name}.txt").read_text()
-    return [pattern.replace("*", word)
-            for split, pattern, words in re.findall(r"^(\w+) (\S+): (.+)", text, re.M)
-            if split in splits.split(",") for word in words.split()]
+    return [
+        pattern.replace("*", word)
+        for split, pattern, words in re.findall(r"^(\w+) (\S+): (.+)", text, re.M)
+        if split in splits.split(",")
+        for word in words.split()
+    ]
 
 
 def wrong_count(name: str, images: int) -> str:
