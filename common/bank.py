@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
 
-from common.runtime import UserError, World, generator, parallel_map, progress
+from common.runtime import UserError, World, generator, parallel_map, progress, say
 
 
 def free_memory(device: torch.device) -> int:
@@ -49,7 +49,7 @@ def storage(
         return torch.empty(shape, dtype=torch.uint8, device=device)
     file.parent.mkdir(parents=True, exist_ok=True)
     file = file.with_suffix(f".{os.environ.get('RANK', 0)}{file.suffix}")  # one for each process
-    print(f"{size / 1e9:.1f} GB do not fit into memory: streaming from {file}")
+    say(f"{size / 1e9:.1f} GB do not fit into memory: streaming from {file}")
     return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8).view(shape)
 
 

@@ -104,3 +104,33 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} is not a readable .safetensors file ({error!r}); fetch it again"
         ) from None
+
+
+# ---- A2S -----------------------------------------------------------------------------------------
+A2S = (  # (theirs, ours), applied in this order to every key outside the encoder
+    ("decoder.", ""),
+    ("ad2.", "se3."),
+    ("ad3.", "se4."),
+    ("ad4.", "se5."),
+    ("fusion.", "se0."),
+    ("ad0.0", "conv"),
+    ("ad0.1", "norm"),
+    (".se.conv", ".gate"),
+    ("adapter", "laterals."),
+    ("gconv", "basis"),
+    ("res_conv1", "attention.0"),
+    ("res_conv2", "attention.1"),
+    ("gb_conv", "head"),
+)
+
+
+def a2s_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A2S's state dict of either stage, less the GroupNorms that its authors never call."""
+    renamed = {}
+    for key, value in state.items():
+        if not key.startswith("encoder."):
+            for theirs, ours in A2S:
+                key = key.replace(theirs, ours)
+        if ".se.gn." not in key:
+            renamed[key] = value
+    return renamed

@@ -8,6 +8,7 @@ Nothing here knows a method. Three rules hold everywhere:
   how often it was interrupted, on worker threads, or on the number of processes.
 """
 
+import argparse
 import csv
 import hashlib
 import io
@@ -16,6 +17,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -32,15 +34,20 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-# ---- Errors and the command line -------------------------------------------------------------
+
+# ---- Errors and the command line -----------------------------------------------------------------
 class UserError(Exception):
     """One clear sentence: which file or flag, what is wrong, what to do."""
 
 
 def cli(main: Callable) -> None:
     """Run `main()` as a program: a `UserError` becomes one line on stderr and exit status 1."""
-    for stream in (sys.stdout, sys.stderr):  # the terminal may lack letters of a file's name
+    for stream in (sys.stdout, sys.stderr):  # the terminal's encoding may lack characters of a name
         stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -48,25 +55,57 @@ def cli(main: Callable) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; a training continues with --resume from its last finished epoch")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"error: out of memory ({first_line(error)}); lower --batch-size or --size")
     finally:
         if dist.is_initialized():
             time.sleep(0.1)  # torch 2.6 hangs if gloo's thread still waits for the interpreter lock
             dist.destroy_process_group()
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that the computer's or the GPU's memory is full."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its type if it has no text."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def say(text: str, error: bool = False, end: str = "\n") -> None:
+    """Print a line on stdout, or on stderr if `error`, from rank 0 only.
+
+    A pipe that was closed (`| head -1`) must not stop a training: from then on nothing is printed.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        print(text, end=end, file=sys.stderr if error else sys.stdout, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())
+
+
 def progress(items: Iterable, text: str, total: int | None = None) -> Iterator:
     """Yield `items`; a live line on a terminal, else one line at the end, and only from rank 0."""
     total = len(items) if total is None else total
-    start, live = time.time(), sys.stderr.isatty()
-    silent = dist.is_initialized() and dist.get_rank() > 0
+    live = sys.stderr.isatty()
+    start = time.time()
     for done, item in enumerate(items, 1):
         yield item
-        if live and not silent:
+        if live:
             rate = done / (time.time() - start + 1e-9)
-            print(f"\r{text} {done}/{total} ({rate:.1f}/s)  ", end="", file=sys.stderr, flush=True)
-    if not silent:
-        line = f"{text}: {total} in {time.time() - start:.1f} s"
-        print("\r" * live + line.ljust(live * (len(text) + 30)), file=sys.stderr)
+            say(f"\r{text} {done}/{total} ({rate:.1f}/s)  ", error=True, end="")
+
+    line = f"{text}: {total} in {time.time() - start:.1f} s"
+    if live:  # write over the live line
+        line = "\r" + line.ljust(len(text) + 30)
+    say(line, error=True)
 
 
 def parallel_map(function: Callable, items: Iterable, processes: bool = False) -> Iterator:
@@ -101,13 +140,12 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); "
+            f"--device {name} cannot be used here ({first_line(error)}); "
             "use fewer processes, or --device cpu"
         ) from None
-    return (
-        device,
-        f"{torch.cuda.get_device_name(device)} found" if name == "auto" else "chosen by --device",
-    )
+    if name == "auto":
+        return device, f"{torch.cuda.get_device_name(device)} found"
+    return device, "chosen by --device"
 
 
 def autocast(device: torch.device, amp: str):
@@ -186,16 +224,24 @@ def join_world(device: torch.device) -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
-# ---- Files -----------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary path)`, then rename to `path`; parent folders are made."""
+    """`write(temporary path)`, then rename to `path`; parent folders are made.
+
+    A symbolic link stays one: what it points to is written. A device (/dev/stdout) is written to
+    directly. Raises `UserError` if the disk is full or the place cannot be written.
+    """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():  # a device or a pipe; a folder is refused
+            write(target)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
             write(part)
-            os.replace(part, path)
+            os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
@@ -203,6 +249,40 @@ def write_atomic(path: str | Path, write: Callable[[Path], None]) -> None:
             f"cannot write {path} ({error.strerror or error}); "
             "choose another place or free some space"
         ) from None
+
+
+_LOCKS = {}  # the open lock files of this process by folder: the system frees them when it ends
+
+
+def lock(folder: Path) -> None:
+    """Take `folder` for this process until it ends; raises `UserError` if another process has it.
+
+    Does nothing where the system has no such locks (Windows).
+    """
+    key = os.path.realpath(folder)
+    if fcntl is None or key in _LOCKS:
+        return
+    path = Path(folder, ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose another --out") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process is writing to {folder}: wait for it, or give another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    _LOCKS[key] = file
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a run folder."""
+    for part in Path(folder).glob("**/.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def save_text(path: str | Path, text: str) -> None:
@@ -230,30 +310,44 @@ def save_png(path: str | Path, pixels: torch.Tensor | np.ndarray) -> None:
 
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if sys.version_info >= (3, 11)
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def torch_load(path: str | Path) -> dict:
-    """`torch.load` of tensors and plain values only, on the CPU; raises `UserError`."""
+    """`torch.load` of a dict of tensors and plain values, on the CPU; no other object is made.
+
+    Settings that many training scripts store beside the weights (an argparse.Namespace) are plain
+    values, too. Raises `UserError` that names an object which is not loaded for safety's sake.
+    """
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
+    if Path(path).stat().st_size == 0:
+        raise UserError(f"{path} is empty; fetch or make it again")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds a {type(found).__name__}, no dict")
-        if not all(isinstance(key, str) for key in found):
-            raise TypeError("its keys are no names")
-        return found
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, and unicode errors of many kinds
+        if out_of_memory(error):
+            raise
+        objects = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if objects:
+            raise UserError(
+                f"{path} holds an object that could run code when it is loaded ({objects[0]}); "
+                "save its weights alone: torch.save(checkpoint['state_dict'], FILE)"
+            ) from None
         raise UserError(
-            f"{path} is not a readable file of tensors "
-            f"({str(error).splitlines()[0][:80]}); fetch or make it again"
+            f"{path} is not a readable file of tensors ({first_line(error)[:80]}); fetch or make "
+            "it again"
         ) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__} instead of a dict of tensors")
+    if not all(isinstance(key, str) for key in found):
+        raise UserError(f"{path} is no dict of named tensors: its keys are not all text")
+    return found
 
 
 def load_state(
@@ -265,51 +359,79 @@ def load_state(
     Raises `UserError` that names missing, unexpected and misshapen keys.
     """
     own = module.state_dict()
-    state = {
-        key: value
-        for key, value in state.items()
-        if key in own or not key.startswith(surplus or ("\0",))
-    }
+    wanted = {}
+    for key, value in state.items():
+        if key in own or not any(key.startswith(prefix) for prefix in surplus):
+            wanted[key] = value
     # BatchNorm's batch counters appeared in torch 0.4.1: older files lack them, nothing uses them
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    wrong = {
-        "missing": missing,
-        "unexpected": [k for k in state if k not in own],
-        "of another shape": [k for k in own if k in state and state[k].shape != own[k].shape],
-    }
-    if any(wrong.values()):
-        found = "; ".join(
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
-            for what, keys in wrong.items()
-            if keys
+    missing = [key for key in own if key not in wanted and not key.endswith("num_batches_tracked")]
+    common = [key for key in own if key in wanted]
+    no_tensors = [key for key in common if not isinstance(wanted[key], torch.Tensor)]
+    misshapen = [
+        key for key in common if key not in no_tensors and wanted[key].shape != own[key].shape
+    ]
+    problems = []
+    for what, keys in (
+        ("missing", missing),
+        ("unexpected", [key for key in wanted if key not in own]),
+        ("that are no tensors", no_tensors),
+        ("of another shape", misshapen),
+    ):
+        if keys:
+            more = ", …" if len(keys) > 3 else ""
+            problems.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{more})")
+    if problems:
+        raise UserError(
+            f"{source} holds the weights of another network: keys {'; '.join(problems)}"
         )
-        raise UserError(f"{source} holds the weights of another network: keys {found}")
-    module.load_state_dict({**own, **state})
+    for key in common:
+        if wanted[key].is_floating_point() and not wanted[key].isfinite().all():
+            raise UserError(f"{source} is damaged: {key} holds values that are not finite numbers")
+    module.load_state_dict({**own, **wanted})
 
 
 def save_checkpoint(path: str | Path, **content) -> None:
     """Write a dict of tensors and plain values that `torch.load(weights_only=True)` reads."""
-    write_atomic(path, lambda part: torch.save(content, part))
+    memory = io.BytesIO()  # on a full disk torch.save itself would raise an error without a reason
+    torch.save(content, memory)
+    write_atomic(path, lambda part: part.write_bytes(memory.getbuffer()))
 
 
-def load_checkpoint(path: str | Path, method: str, stage: str | None = None) -> dict:
-    """Read a checkpoint of `method` (and `stage`); raises `UserError` for anything else."""
-    found = torch_load(path)
-    of = found.get("method"), found.get("stage")
-    if of[0] is None:
+CHECKPOINT = {"method": str, "stage": (int, str), "epoch": int, "args": dict, "model": dict}
+
+
+def load_checkpoint(path: str | Path, method: str, stage: int | str | None = None) -> dict:
+    """Read a checkpoint of `method` (and `stage`); see `check_checkpoint`."""
+    return check_checkpoint(torch_load(path), path, method, stage)
+
+
+def check_checkpoint(
+    found: dict, path: str | Path, method: str, stage: int | str | None = None
+) -> dict:
+    """`found`, if it is a checkpoint of `method` (and `stage`); else a `UserError`.
+
+    Then it has all that `CHECKPOINT` names, of the right types.
+    """
+    if "method" not in found:
         raise UserError(
             f"{path} is not a checkpoint of this project (a backbone's weights go to "
             "--backbone-weights)"
         )
-    if of[0] != method or stage not in (None, of[1]):
+    wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(found.get(name), kind)]
+    if wrong:
         raise UserError(
-            f"{path} is a checkpoint of {of[0]} stage {of[1]}, "
-            f"not of {method}{f' stage {stage}' if stage else ''}"
+            f"{path} is a damaged checkpoint ({', '.join(wrong)} missing or of a wrong type); make "
+            "it again"
+        )
+    if found["method"] != method or stage not in (None, found["stage"]):
+        wanted = method if stage is None else f"{method} stage {stage}"
+        raise UserError(
+            f"{path} is a checkpoint of {found['method']} stage {found['stage']}, not of {wanted}"
         )
     return found
 
 
-# ---- Log and pictures ------------------------------------------------------------------------
+# ---- A run's surroundings and pictures ----------------------------------------------------------
 def environment() -> dict:
     """Versions, git commit and processor: what a reader needs to repeat a run."""
     try:
@@ -340,48 +462,10 @@ def require_finite(loss: float, epoch: int) -> None:
         )
 
 
-class Log:
-    """One line per epoch on the terminal and one JSON object per epoch in `log.jsonl`."""
-
-    def __init__(self, folder: Path, epochs: int, done: int = 0, quiet: bool = False):
-        self.path, self.epochs, self.done, self.quiet = folder / "log.jsonl", epochs, done, quiet
-        self.start = self.last = time.time()
-        if not quiet:  # a resumed run forgets what came after its checkpoint
-            kept = self.path.read_text().splitlines() if done and self.path.exists() else []
-            kept = [
-                line + "\n"
-                for line in kept  # a crash may have cut the last line
-                if line.endswith("}") and json.loads(line)["epoch"] <= done
-            ]
-            save_text(self.path, "".join(kept))
-
-    def epoch(self, epoch: int, images: int, **values: float) -> None:
-        """Report epoch number `epoch` (from 1), which saw `images` images, with its `values`."""
-        now = time.time()
-        rate, left = images / (now - self.last), self.epochs - epoch
-        eta = (now - self.start) / max(epoch - self.done, 1) * left
-        memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0) / 1e9
-        self.last = now
-        if self.quiet:
-            return
-        shown = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(
-            f"epoch {epoch:2d}/{self.epochs} | {shown} | {rate:.0f} img/s"
-            + f" | {memory:.1f} GB" * (memory > 0)
-            + f" | eta {eta // 60:.0f}m{eta % 60:02.0f}s",
-            flush=True,
-        )
-        record = {"epoch": epoch, **values, "images_per_s": rate, "memory_gb": memory}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
 def picture_strip(path: str | Path, rows: list[list[torch.Tensor]], side: int = 160) -> None:
     """Save rows of pictures side by side: each float [C, H, W] in [0, 1] with C = 1 or 3."""
-    cells = [
-        torch.cat(
-            [TF.resize(p.float().cpu().clamp(0, 1).expand(3, -1, -1), [side, side]) for p in row], 2
-        )
-        for row in rows
-    ]
-    save_png(path, (torch.cat(cells, 1) * 255 + 0.5).byte().permute(1, 2, 0))
+    strips = []
+    for row in rows:
+        cells = [p.float().cpu().clamp(0, 1).expand(3, -1, -1) for p in row]
+        strips.append(torch.cat([TF.resize(cell, [side, side]) for cell in cells], 2))
+    save_png(path, (torch.cat(strips, 1) * 255 + 0.5).byte().permute(1, 2, 0))
