@@ -3,8 +3,17 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def lists(tmp_path_factory) -> Path:
+    """A folder with train.txt and test.txt, which restrict the shapes to 16 and 4 scenes."""
+    from helpers import write_lists  # found through the path above
+
+    return write_lists(tmp_path_factory.mktemp("lists"))

@@ -33,6 +33,7 @@ def test_only_the_five_packages_are_imported(path):
         "common",
         "data",
         "recipe",
+        "helpers",
     }
     allowed |= {p.stem for p in SCRIPTS} if path.parent.name == "tests" else set()
     for node in ast.walk(ast.parse(path.read_text())):
