@@ -3,12 +3,12 @@
 Zhou, Chen, Yang, Lai, Xie: "Activation to Saliency: Forming High-Quality Labels for Unsupervised
 Salient Object Detection", IEEE TCSVT 33(2), 2023 (arXiv 2112.03650).
 
-A network pretrained without labels (MoCo v2) already fires on the main object of a photo. Stage 1
-freezes that encoder and trains four small blocks that sum its activations into one map, pushing
-every pixel away from the mean of its own image (adaptive decision boundary). The smaller side is
-taken for the object; a dense CRF and a median filter turn the map into a pseudo label. Stage 2
-trains a light detector on the labels and corrects them with its own predictions (online label
-rectifying).
+A network that was pretrained without labels (MoCo v2) already responds to the main object of a
+photo. Stage 1 freezes that encoder and trains four small blocks that sum its activations into one
+map. Their loss pushes every pixel away from the mean of its own image, the adaptive decision
+boundary (ADB), whichever side it is on. The smaller side is taken for the object. A dense CRF and a
+median filter turn the map into a pseudo label. Stage 2 trains a light detector on these labels and
+corrects them with its own predictions (online label rectifying, OLR).
 
     image -> encoder -> E3 E4 E5 -> SE blocks -> F3 F4 F5 -> SE block -> F -> theta -> CRF, median
              frozen                 trained to push theta of F, F3, F4, F5 away from 0          |
@@ -23,39 +23,42 @@ Usage
     python a2s.py --weights runs/a2s-MSRA-B/stage2/last.pt --predict photo.jpg --cutout
     torchrun --nproc_per_node=4 a2s.py --data MSRA-B    # several GPUs or machines
 
-Results. Paper (MoCo v2 ResNet-50, 3,000 MSRA-B photos, about 1 h on a GTX 1080 Ti), ave-F (by its
-text F_mean, by its authors' code F_adp) / MAE on ECSSD: stage 1 .840 / .072, stage 2 .880 / .060.
-Ours at that size: not run. At small scale: README.
+Results. The paper (MoCo v2 ResNet-50, 3,000 MSRA-B photos, about 1 h on a GTX 1080 Ti) reports
+ave-F / MAE on ECSSD: stage 1 .840 / .072, stage 2 .880 / .060. Its text defines ave-F as F_mean,
+its authors' code computes F_adp. Ours at that size: not run. At small scale: docs/a2s.md.
 
-Departures. The paper is the default. Where it is silent the released code is followed: loss weights
-1 .1 .3 .5, nesterov, weight decay 5e-4, a tenth of the rate for stage 2's encoder, MoCo v2 of 800
-epochs, labels binarised at 0.5, and the head between H5 and the local RAM, which Table VII's
-parameter count proves. --released follows the authors' code also where it contradicts the paper:
- D1 stage 1's learning rate falls at epochs 10 and 16; released: 12 and 16.
- D2 the CRF starts from labels cut at theta = 0, of certainty 0.7; released: cut in the middle of
-    the map's range. Eq. 6 to the letter (--unary soft) starts from sigmoid(theta), which lies so
-    close to 0 and 1 that the CRF can hardly move it (README).
- D3 training labels are made at --size pixels, in batches; released: at each photo's own size.
- D4 E5 enters its SE block as it is; released (ResNets): times the classifier's weights summed over
-    the classes, a random vector with MoCo's weights.
- D5 a tie in Eq. 5 counts as +1; released: as 0, a blank map.
- D6 stage 2 draws flips anew in every epoch; released: once and for all.
- D7 the encoder's BatchNorm keeps the statistics of its weights, in stage 1 because the paper
-    freezes it, in stage 2 alike (both together measured better, stage 2 alone was not measured:
-    README); released: statistics of the batch.
-Ours in both cases:
- D8 Eq. 4's L2 distance is squared, as released: the L2 norm of a scalar would be its L1 norm.
- D9 the label bank holds 8 bits per pixel.
- D10 DB1's mean over the training set is a running mean (rate 0.01).
- D11 HMA differs from OLR in the CRF alone; lambda and its start are OLR's.
- D12 of several processes each normalises with its own share of the batch under --bn batch; the
-    statistics are averaged after each epoch.
+Departures. The paper is the default. Where it is silent, the released code is followed: loss
+weights 1 .1 .3 .5, nesterov, weight decay 5e-4, a tenth of the rate for the encoder of stage 2,
+MoCo v2 of 800 epochs, labels binarised at 0.5, and the head between H5 and the local RAM, which
+the parameter count of Table VII confirms. --released also follows the code in the following:
+ D1 The learning rate of stage 1 falls at epochs 10 and 16. Released: at 12 and 16.
+ D2 The CRF starts from a hard label (theta > 0) with probability 0.7. The released code puts the
+    cut halfway between the map's minimum and maximum. Eq. 6 to the letter (--unary soft) starts
+    from sigmoid(theta), which lies so close to 0 and 1 that the CRF can hardly change it.
+ D3 Training labels are made at --size pixels, in batches; the paper does not say. Released: at the
+    photo's own size.
+ D4 E5 enters its SE block unchanged. The released code multiplies it (ResNets only) by the weights
+    of the classifier, summed over the classes. With MoCo's weights that is a random vector.
+ D5 A tie in Eq. 5 counts as +1. Released: as 0, which makes a blank map.
+ D6 Stage 2 draws flips anew in every epoch. Released: one flip per photo for the whole run.
+ D7 BatchNorm of the encoder uses the stored running statistics in both stages. In stage 1 the paper
+    freezes the encoder; for stage 2 it says nothing. Released: the statistics of the batch.
+The following hold with and without --released:
+ D8 The L2 distance in Eq. 4 is squared, as in the released code: the L2 norm of a scalar is its L1
+    norm.
+ D9 The label bank stores 8 bits per pixel.
+ D10 The mean over the training set in DB1 is a running mean with rate 0.01.
+ D11 HMA is OLR with one more step: the prediction goes through the CRF before it is mixed into the
+    label. Lambda and the first epoch are the same.
+ D12 With several processes and --bn batch, BatchNorm normalises over each process's own share of
+    the batch; the running statistics are averaged after each epoch.
 Not implemented: MINet, the rival detector of Table VII.
 
 Shapes: B batch, H W input size, h w feature size. Images are in [0, 1].
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -63,16 +66,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import harness, runtime
+from common import flags, harness, runtime
 from common.backbones import backbone
-from common.bank import Bank, MapBank, batches, epoch_order
+from common.bank import Bank, MapBank
 from common.crf import dense_crf, hard_unary, median_filter
 from common.datasets import load_mask, open_set
-from common.runtime import UserError, autocast, generator, progress, save_png
+from common.flags import Schedule, Settings
+from common.published import a2s_state
+from common.run import Run, claim
+from common.runtime import UserError, World, autocast, generator, save_png, say
 
+METHOD = "a2s"
 PAPER = {
-    "epochs": (20, 25),
-    "lr": (1.0, 0.005),
+    "stage1": Schedule(epochs=20, lr=1.0),
+    "stage2": Schedule(epochs=25, lr=0.005),
     "batch_size": 8,
     "size": 320,
     "backbone": "resnet50",
@@ -80,15 +87,14 @@ PAPER = {
     "srgb": 5.0,
 }
 SHAPES = {
-    "epochs": (3, 3),
-    "lr": (1.0, 0.01),
+    "stage1": Schedule(epochs=3, lr=1.0),
+    "stage2": Schedule(epochs=3, lr=0.01),
     "batch_size": 8,
     "size": 160,
     "backbone": "tiny",
     "sxy": 100.0,
     "srgb": 20.0,
 }
-DECAY = ((10, 16), (15, 20))  # epochs from which on a stage's rate is divided by 10 (Sec. IV-A)
 PAPER_SETS = ["ECSSD", "MSRA-B-test", "DUT-OMRON", "PASCAL-S", "DUTS-TE", "HKU-IS"]  # Table II
 
 
@@ -97,18 +103,20 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags. A default of None is the paper's value, or the small preset's on shapes."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        epilog="The docstring of this file explains the method.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python a2s.py --data photos/                  label and learn a folder of photos\n"
+        "  python a2s.py --data photos/ --predict new/   map other photos with that detector\n"
+        "The docstring of this file explains the method and D1 to D12.",
     )
+    flags.add_flags(parser, PAPER, SHAPES)
     method = parser.add_argument_group("method")
-    method.add_argument("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
-    method.add_argument("--released", action="store_true", help="the authors' code (D1 to D7)")
-    method.add_argument(
-        "--bn",
-        choices=("stored", "batch"),
-        help="statistics of the encoder's BatchNorm in training, see D7 [stored]",
-    )
-    method.add_argument("--alpha", type=float, default=0.1, help="weight of L1 in Eq. 4 [0.1]")
-    method.add_argument(
+    add = method.add_argument
+    add("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
+    add("--released", action="store_true", help="the authors' code (D1 to D7)")
+    add("--bn", choices=("stored", "batch"), help="statistics of BatchNorm, see D7 [stored]")
+    add("--alpha", type=float, default=0.1, help="weight of the L1 distance in Eq. 4 [0.1]")
+    add(
         "--aux",
         type=float,
         nargs=3,
@@ -116,61 +124,63 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="W",
         help="loss weights of F3 F4 F5; 0 0 0 is variant A1 [0.1 0.3 0.5]",
     )
-    method.add_argument(
+    add(
         "--drop",
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="pixels dropped from stage 1's loss; 0 is variant A2 [0.5]",
+        help="share of pixels left out of stage 1's loss; 0 is variant A2 [0.5]",
     )
-    method.add_argument("--train-encoder", action="store_true", help="in stage 1 too: variant A0")
-    method.add_argument(
+    add("--train-encoder", action="store_true", help="in stage 1 too: variant A0")
+    add(
         "--boundary",
         choices=("DB1", "DB2", "DB3", "DB4", "DB5"),
         default="DB5",
         help="decision boundary, Sec. IV-E [DB5]",
     )
-    method.add_argument(
-        "--threshold", choices=THRESHOLDS, default="mean", help="of M, in DB5 [mean]"
+    add(
+        "--threshold",
+        choices=("mean", "median", "otsu"),
+        default="mean",
+        help="threshold of M in DB5, Table I [mean]",
     )
-    method.add_argument(
+    add(
         "--unary",
         choices=("hard", "soft"),
-        help="the CRF starts from labels or from probabilities, see D2 [hard]; not with --released",
+        help="the CRF starts from labels or from probabilities, see D2 [hard]; no effect with "
+        "--released",
     )
-    method.add_argument("--sxy", type=float, help="CRF's reach in a photo of 320 pixels [50]")
-    method.add_argument("--srgb", type=float, help="CRF's tolerance of grey levels [5]")
-    method.add_argument(
+    add("--sxy", type=float, help="CRF: reach in a photo of 320 pixels [paper 50, shapes 100]")
+    add("--srgb", type=float, help="CRF: tolerance in grey levels [paper 5, shapes 20]")
+    add(
         "--detector",
         choices=("ram", "conv"),
         default="ram",
-        help="conv: a convolution instead of RAM, Table VII's dagger [ram]",
+        help="conv: a convolution instead of RAM, the dagger of Table VII [ram]",
     )
-    method.add_argument(
+    add(
         "--rectify",
         choices=("olr", "hma", "off"),
         default="olr",
         help="how stage 2 corrects its labels, Table VIII [olr]",
     )
-    method.add_argument("--lam", type=float, default=0.4, help="lambda of Eq. 14 [0.4]")
-    harness.add_flags(parser)
+    add("--lam", type=float, default=0.4, help="lambda of Eq. 14 [0.4]")
     return parser
 
 
-def fill_defaults(args: argparse.Namespace) -> None:
-    """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with a value for each: the paper's, or the small preset's on shapes."""
     if not 0 <= args.drop < 1:
         raise UserError(f"--drop {args.drop} is not a share of pixels from 0 to less than 1")
-    small = harness.use_preset(args, PAPER, SHAPES)
-    # one number on the command line serves both stages
-    args.epochs, args.lr = (v if isinstance(v, tuple) else (v, v) for v in (args.epochs, args.lr))
-    args.unary = args.unary or "hard"  # D2
-    args.bn = args.bn or ("batch" if args.released else "stored")  # D7
-    if args.eval is None and args.data == "MSRA-B":
-        args.eval = harness.present(PAPER_SETS, args.data_root)
-    elif args.eval is None:
-        args.eval = ["shapes-test"] if small else []
-    harness.show_preset(args, SHAPES)
+    small = flags.is_shapes(args.data)
+    usual = ["shapes-test"] if small else PAPER_SETS if args.data == "MSRA-B" else []
+    args = flags.completed(args, SHAPES if small else PAPER)
+    return flags.replaced(
+        args,
+        unary=args.unary or "hard",  # D2
+        bn=args.bn or ("batch" if args.released else "stored"),  # D7
+        eval=flags.evaluation_sets(args, usual),
+    )
 
 
 # ---- Model: stage 1 ------------------------------------------------------------------------------
@@ -184,22 +194,58 @@ class SEBlock(nn.Module):
         self.gate = nn.Conv2d(width, width, 1)
 
     def forward(self, e: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, 64, h, w]"""
         f = F.relu(self.norm(self.conv(e)))  # [B, 64, h, w]
-        return f * torch.sigmoid(self.gate(f.mean((2, 3), keepdim=True)))
+        gate = torch.sigmoid(self.gate(f.mean((2, 3), keepdim=True)))  # [B, 64, 1, 1]
+        return f * gate
+
+
+def mean_threshold(m: Tensor) -> Tensor:
+    """[B, 1, h, w] -> [B, 1, 1, 1]"""
+    return m.mean((2, 3), keepdim=True)
+
+
+def median_threshold(m: Tensor) -> Tensor:
+    """[B, 1, h, w] -> [B, 1, 1, 1]"""
+    return m.flatten(1).median(1).values[:, None, None, None]
+
+
+def otsu_threshold(m: Tensor) -> Tensor:
+    """The least value on the upper side of the split of greatest V (Eq. 2). -> [B, 1, 1, 1]"""
+    x = m.detach().flatten(1).sort(1).values  # [B, N], ascending
+    n = x.shape[1]
+    if n == 1:
+        return m.detach()
+
+    # A split puts the k smallest pixels below. V is proportional to k (n - k) (mu1 - mu2)^2, and
+    # the running sum gives both means for all k at once.
+    k = torch.arange(1, n, device=x.device)
+    sum_below = x.cumsum(1)[:, :-1]  # [B, N - 1]
+    sum_above = x.sum(1, keepdim=True) - sum_below
+    v = k * (n - k) * (sum_below / k - sum_above / (n - k)) ** 2
+
+    # argmax counts from 0: its split has argmax + 1 pixels below, so this is the first one above.
+    first_above = v.argmax(1, keepdim=True) + 1
+    return x.gather(1, first_above)[..., None, None]
+
+
+THRESHOLDS = {"mean": mean_threshold, "median": median_threshold, "otsu": otsu_threshold}
 
 
 class DecisionBoundary(nn.Module):
     """Decision value theta of every pixel (Eq. 3, and its rivals of Sec. IV-E).
 
-    With f a pixel's feature, f_ its mean over the image, f^ its mean over the training set:
+    Let f be a pixel's feature, f_ (f-bar) its mean over the image, f^ (f-hat) its mean over the
+    training set:
     DB1 1'(f - f^)   DB2 f_'f   DB3 f_'(f - f_)   DB4 w'(f - f_), w learned   DB5 1'(f - f_)
-    DB5 is the paper's: the activation map M = 1'f less its mean. `threshold` puts M's median or
-    Otsu's threshold in the place of the mean (Table I).
+    DB5 is the paper's: the activation map M = 1'f minus its mean. `threshold` replaces the mean of
+    M by its median or by Otsu's threshold (Table I).
     """
 
     def __init__(self, kind: str = "DB5", threshold: str = "mean", channels: int = 64):
         super().__init__()
-        self.kind, self.threshold = kind, THRESHOLDS[threshold]
+        self.kind = kind
+        self.threshold = THRESHOLDS[threshold]
         if kind == "DB1":
             self.register_buffer("running_mean", torch.zeros(1, channels, 1, 1))
         if kind == "DB4":
@@ -208,17 +254,17 @@ class DecisionBoundary(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 1, h, w]"""
         f = f.float()
-        mean = f.mean((2, 3), keepdim=True)  # f_ [B, C, 1, 1]
+        f_bar = f.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
         if self.kind == "DB1":
             if self.training:
-                self.running_mean.lerp_(mean.detach().mean(0, keepdim=True), 0.01)
+                self.running_mean.lerp_(f_bar.detach().mean(0, keepdim=True), 0.01)  # D10
             return (f - self.running_mean).sum(1, keepdim=True)
         if self.kind == "DB2":
-            return (mean * f).sum(1, keepdim=True)
+            return (f_bar * f).sum(1, keepdim=True)
         if self.kind == "DB3":
-            return (mean * (f - mean)).sum(1, keepdim=True)
+            return (f_bar * (f - f_bar)).sum(1, keepdim=True)
         if self.kind == "DB4":
-            return self.w(f - mean)
+            return self.w(f - f_bar)
         m = f.sum(1, keepdim=True)  # M [B, 1, h, w]
         return m - self.threshold(m)  # Eq. 3
 
@@ -235,32 +281,46 @@ class ActivationNet(nn.Module):
         released: bool = False,
     ):
         super().__init__()
-        self.encoder, self.train_encoder, self.released = encoder, train_encoder, released
-        self.encoder.requires_grad_(train_encoder)
-        self.se3, self.se4, self.se5 = map(SEBlock, encoder.channels[2:])
+        self.encoder = encoder.requires_grad_(train_encoder)
+        self.train_encoder = train_encoder
+        self.released = released
+        if hasattr(encoder, "fc"):
+            encoder.fc.requires_grad_(False)  # D4 reads the classifier, nothing trains it
+        _, _, c3, c4, c5 = encoder.channels
+        self.se3 = SEBlock(c3)
+        self.se4 = SEBlock(c4)
+        self.se5 = SEBlock(c5)
         self.se0 = SEBlock(3 * 64)
         self.boundaries = nn.ModuleList(DecisionBoundary(boundary, threshold) for _ in range(4))
 
-    def features(self, image: Tensor) -> tuple[Tensor, ...]:
+    def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eq. 1: [B, 3, H, W] -> F [B, 64, H/2, W/2] and F3, F4, F5 [B, 64, H/8 ... H/32, ...]."""
         with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
             e1, _, e3, e4, e5 = self.encoder(image)
         if self.released and hasattr(self.encoder, "fc"):
             e5 = e5 * self.encoder.fc.weight.sum(0).view(1, -1, 1, 1)  # D4
-        f3, f4, f5 = self.se3(e3), self.se4(e4), self.se5(e5)
-        return self.se0(torch.cat([resize(f, e1) for f in (f3, f4, f5)], 1)), f3, f4, f5
+        f3 = self.se3(e3)  # [B, 64, H/8, W/8]
+        f4 = self.se4(e4)  # [B, 64, H/16, W/16]
+        f5 = self.se5(e5)  # [B, 64, H/32, W/32]
+        f = self.se0(torch.cat([resize(f3, e1), resize(f4, e1), resize(f5, e1)], 1))
+        return f, f3, f4, f5
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """theta of F with its sign [B, 1, H, W], and theta of F3, F4, F5 at their own sizes."""
-        theta, *aux = (b(f) for b, f in zip(self.boundaries, self.features(image)))
-        return [resize(foreground_sign(theta, self.released) * theta, image), *aux]
+        f, f3, f4, f5 = self.features(image)
+        boundary, boundary3, boundary4, boundary5 = self.boundaries
+        theta = boundary(f)  # [B, 1, H/2, W/2]
+        theta = foreground_sign(theta, self.released) * theta
+        return [resize(theta, image), boundary3(f3), boundary4(f4), boundary5(f5)]
 
 
 def foreground_sign(theta: Tensor, released: bool = False) -> Tensor:
     """Eq. 5: +1 where at most half of the pixels are positive, else -1. -> [B, 1, 1, 1]"""
     if released:
-        return torch.sign(0.5 - (theta > 0).float().mean((2, 3), keepdim=True))  # D5
-    return torch.where((theta >= 0).float().mean((2, 3), keepdim=True) <= 0.5, 1.0, -1.0)
+        share = (theta > 0).float().mean((2, 3), keepdim=True)
+        return torch.sign(0.5 - share)  # D5: 0 for a tie
+    share = (theta >= 0).float().mean((2, 3), keepdim=True)
+    return torch.where(share <= 0.5, 1.0, -1.0)
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
@@ -268,36 +328,24 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
-def otsu(m: Tensor) -> Tensor:
-    """Otsu's threshold: the least value on the upper side of the split of greatest V (Eq. 2)."""
-    x = m.detach().flatten(1).sort(1).values  # [B, N]
-    if x.shape[1] == 1:
-        return m.detach()
-    n, k = x.shape[1], torch.arange(1, x.shape[1], device=x.device)  # k pixels lie below
-    below = x.cumsum(1)[:, :-1]
-    v = k * (n - k) * (below / k - (x.sum(1, keepdim=True) - below) / (n - k)) ** 2
-    return x.gather(1, v.argmax(1, keepdim=True) + 1)[..., None, None]
-
-
-THRESHOLDS = {
-    "mean": lambda m: m.mean((2, 3), keepdim=True),  # [B, 1, h, w] -> [B, 1, 1, 1]
-    "median": lambda m: m.flatten(1).median(1).values[:, None, None, None],
-    "otsu": otsu,
-}
-
-
 def between_variance(m: Tensor, threshold: Tensor) -> Tensor:
-    """Eq. 2, V = p1 p2 (mu1 - mu2)^2, as cov(M, side)^2 / (p1 p2). [B, 1, h, w] -> [B, 1]"""
+    """Eq. 2: V = p1 p2 (mu1 - mu2)^2 of the two sides of a threshold. [B, 1, h, w] -> [B, 1]
+
+    With side s = 0 or 1, cov(M, s) = p1 p2 (mu1 - mu2), hence V = cov(M, s)^2 / (p1 p2).
+    """
     side = (m >= threshold).float()
     p = side.mean((2, 3))
-    return ((m * side).mean((2, 3)) - p * m.mean((2, 3))) ** 2 / (p * (1 - p)).clamp(min=1e-12)
+    covariance = (m * side).mean((2, 3)) - p * m.mean((2, 3))
+    return covariance**2 / (p * (1 - p)).clamp(min=1e-12)
 
 
 # ---- Model: stage 2 ------------------------------------------------------------------------------
 def conv(before: int, after: int) -> nn.Sequential:
     """Convolution, GroupNorm with two channels per group, ReLU."""
     return nn.Sequential(
-        nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(after // 2, after), nn.ReLU()
+        nn.Conv2d(before, after, 3, padding=1),
+        nn.GroupNorm(after // 2, after),
+        nn.ReLU(),
     )
 
 
@@ -313,11 +361,13 @@ class RAM(nn.Module):
 
     def forward(self, h1: Tensor, h2: Tensor, h5: Tensor) -> Tensor:
         """Two levels to strengthen, and the basis; all leave with the size of h1. [B, 64, h, w]"""
-        h5 = resize(self.basis(h5), h1)
+        basis = resize(self.basis(h5), h1)
         levels = [h1, resize(h2, h1)]
-        if self.attention:  # Eq. 9
-            levels = [h * torch.sigmoid(a(h - h5)) for h, a in zip(levels, self.attention)]
-        return self.fuse(torch.cat([*levels, h5], 1))  # Eq. 10
+        if self.attention:  # Eq. 9: attention from what a level adds to the basis
+            levels = [
+                h * torch.sigmoid(attend(h - basis)) for h, attend in zip(levels, self.attention)
+            ]
+        return self.fuse(torch.cat([*levels, basis], 1))  # Eq. 10
 
 
 class Detector(nn.Module):
@@ -326,336 +376,424 @@ class Detector(nn.Module):
     def __init__(self, encoder: nn.Module, attention: bool = True):
         super().__init__()
         self.encoder = encoder
+        if hasattr(encoder, "fc"):
+            encoder.fc.requires_grad_(False)  # part of the released encoder (D4), without a use
         self.laterals = nn.ModuleList(conv(channels, 64) for channels in encoder.channels)
         twice = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
         self.head = nn.Sequential(*conv(64, 128), twice, *conv(128, 64), twice)
-        self.local, self.region = RAM(attention), RAM(attention)
+        self.local = RAM(attention)
+        self.region = RAM(attention)
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> saliency logit Y [B, 1, H, W]."""
-        h1, h2, h3, h4, h5 = (lateral(e) for lateral, e in zip(self.laterals, self.encoder(image)))
+        maps = self.encoder(image)
+        h1, h2, h3, h4, h5 = (lateral(e) for lateral, e in zip(self.laterals, maps))  # Eq. 8
         r_r = self.region(h3, h4, h5)  # [B, 64, H/8, W/8]
         r_l = self.local(h1, h2, self.head(h5))  # [B, 64, H/2, W/2]
-        y = (r_l.float() * resize(r_r, r_l).float()).sum(1, keepdim=True)  # Eq. 11
+        product = r_l.float() * resize(r_r, r_l).float()
+        y = product.sum(1, keepdim=True)  # Eq. 11 [B, 1, H/2, W/2]
         return resize(y, image)
 
 
 # ---- Losses --------------------------------------------------------------------------------------
 def adb_loss(theta: Tensor, alpha: float, keep: Tensor | None = None) -> Tensor:
-    """Eq. 4: L = -mean(D^2 + alpha D) (D8), D = |sigmoid(theta) - 0.5|; keep: weights of mean 1."""
+    """Eq. 4: L = -mean(D^2 + alpha D), D = |sigmoid(theta) - 0.5| (D8).
+
+    theta: [B, 1, h, w]. keep: weights of the pixels, of mean 1; None: 1 for each.
+    """
     d = (torch.sigmoid(theta.float()) - 0.5).abs()
     v = d.square() + alpha * d
-    return -(v if keep is None else v * keep).mean()
+    if keep is not None:
+        v = v * keep
+    return -v.mean()
 
 
 def ssim_loss(p: Tensor, g: Tensor) -> Tensor:
-    """1 - mean SSIM: Gaussian window 11x11 of sigma 1.5, zero padding, C1 = 0.01^2, C2 = 0.03^2."""
+    """1 - mean SSIM of two maps in [0, 1], [B, 1, H, W].
+
+    A Gaussian window of 11 x 11 pixels with sigma 1.5, zeros beyond the border, C1 = 0.01^2 and
+    C2 = 0.03^2, as in the released code.
+    """
+    # Means in a Gaussian window are two one-dimensional convolutions, here of five maps at once.
     window = torch.exp(-(torch.arange(11.0, device=p.device) - 5).square() / (2 * 1.5**2))
     window = (window / window.sum()).view(1, 1, 1, 11)
-    moments = torch.cat([p, g, p * p, g * g, p * g])  # [5B, 1, H, W]
-    blurred = F.conv2d(F.conv2d(moments, window, padding=(0, 5)), window.mT, padding=(5, 0))
-    mu_p, mu_g, pp, gg, pg = blurred.chunk(5)
+    maps = torch.cat([p, g, p * p, g * g, p * g])  # [5B, 1, H, W]
+    means = F.conv2d(maps, window, padding=(0, 5))
+    means = F.conv2d(means, window.transpose(2, 3), padding=(5, 0))
+    mu_p, mu_g, pp, gg, pg = means.chunk(5)
+
+    # SSIM is a term of the variances and the covariance times a term of the means.
     structure = (2 * (pg - mu_p * mu_g) + 9e-4) / (pp - mu_p**2 + gg - mu_g**2 + 9e-4)
-    return 1 - ((2 * mu_p * mu_g + 1e-4) / (mu_p**2 + mu_g**2 + 1e-4) * structure).mean()
+    luminance = (2 * mu_p * mu_g + 1e-4) / (mu_p**2 + mu_g**2 + 1e-4)
+    return 1 - (luminance * structure).mean()
 
 
 def iou_loss(p: Tensor, g: Tensor) -> Tensor:
-    """1 - sum(p g) / sum(p + g - p g), mean over the images."""
+    """1 - sum(p g) / sum(p + g - p g), mean over the images. [B, 1, H, W] in [0, 1]"""
     both = (p * g).sum((1, 2, 3))
-    return (1 - both / ((p + g - p * g).sum((1, 2, 3)) + 1e-7)).mean()
+    either = (p + g - p * g).sum((1, 2, 3))
+    return (1 - both / (either + 1e-7)).mean()
 
 
 def detector_loss(y: Tensor, g: Tensor) -> Tensor:
     """Eq. 12: BCE + SSIM + IoU of the logit y and the label g, binarised at 0.5. [B, 1, H, W]"""
-    y, g = y.float(), (g > 0.5).float()
+    y = y.float()
+    g = (g > 0.5).float()
     p = torch.sigmoid(y)
     return F.binary_cross_entropy_with_logits(y, g) + ssim_loss(p, g) + iou_loss(p, g)
 
 
 # ---- Training ------------------------------------------------------------------------------------
 def make_net(stage: int, args: argparse.Namespace, weights: str | None) -> nn.Module:
-    """The network of a stage, on the device; `weights` as for `backbone`."""
+    """The network of a stage as the flags describe it, on the CPU; `weights` as for `backbone`."""
     encoder = backbone(
         args.backbone, weights, args.pixels, args.bn == "stored", args.released, args.borders
     )
-    net = (
-        Detector(encoder, args.detector == "ram")
-        if stage == 2
-        else ActivationNet(
+    if stage == 1:
+        return ActivationNet(
             encoder, args.boundary, args.threshold, args.train_encoder, args.released
         )
-    )
-    if hasattr(encoder, "fc"):
-        encoder.fc.requires_grad_(False)  # D4 reads it, nothing trains it
-    net = net.to(args.device, memory_format=torch.channels_last)
-    if args.compile:
-        net.compile()
-    return net
+    return Detector(encoder, attention=args.detector == "ram")
 
 
-def rate(stage: int, epoch: int, args: argparse.Namespace) -> float:
-    """Learning rate of an epoch (from 1). Fewer or more epochs squeeze or stretch the schedule."""
-    decay = (12, 16) if args.released and stage == 1 else DECAY[stage - 1]  # D1
-    stretch = args.epochs[stage - 1] / PAPER["epochs"][stage - 1]
-    return args.lr[stage - 1] * 0.1 ** sum(epoch >= at * stretch for at in decay)
+def rate(epoch: int, schedule: Schedule, decay: tuple[int, int], paper_epochs: int) -> float:
+    """Learning rate of an epoch (from 1): a tenth from each epoch of `decay` on.
+
+    These epochs are the paper's; fewer or more epochs squeeze or stretch them.
+    """
+    stretch = schedule.epochs / paper_epochs
+    drops = [at for at in decay if epoch >= at * stretch]
+    return schedule.lr * 0.1 ** len(drops)
 
 
-def train(stage: int, args: argparse.Namespace) -> nn.Module:
-    """Train one stage, starting from its backbone's weights or, with --resume, from last.pt."""
-    world, folder, epochs = args.world, args.out / f"stage{stage}", args.epochs[stage - 1]
-    dataset = open_set(args.data, args.data_root, masks=False)
-    labels = read_labels(dataset.names, args, folder) if stage == 2 else None
-    torch.manual_seed(args.seed)
-    net = make_net(stage, args, args.backbone_weights)
+def make_optimiser(net: nn.Module, encoder_share: float) -> torch.optim.Optimizer:
+    """SGD; the encoder, where it is trained, learns at `encoder_share` of the rate."""
     encoder = [p for p in net.encoder.parameters() if p.requires_grad]
     others = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
-    optimiser = torch.optim.SGD(
-        [
-            {"params": others, "scale": 1.0},
-            {"params": encoder, "scale": 0.1 if stage == 2 else 1.0},
-        ],
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-    )
-    bank = Bank(dataset, args.size, args.device, folder)
-    flags = harness.plain_flags(args, bank.names)
-    flags |= {"epochs": epochs, "lr": args.lr[stage - 1]}
-    done = harness.resume(folder, "a2s", stage, flags, net, optimiser, labels)
-    harness.save_args(flags, args, folder)
-    if stage == 1 and done == 0 and world.main:
-        study_thresholds(net, bank, args)
-    log, watch = runtime.Log(folder, epochs, done, quiet=not world.main), harness.Watch(args)
-    parallel = world.parallel(net)
-    for epoch in range(done + 1, epochs + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = rate(stage, epoch, args) * group["scale"]
-        net.train()
-        loss, images = train_epoch(stage, parallel, optimiser, bank, labels, epoch, args)
-        runtime.require_finite(loss, epoch)
-        world.average_statistics(net)
-        logit, picture = partial(forward, net, args=args), folder / "vis" / f"epoch_{epoch:03d}.png"
-        seen = {"mirror": harness.mirror(logit, bank)} if stage == 1 else {}
-        seen |= watch(logit, picture)
-        log.epoch(epoch, images, loss=loss, lr=rate(stage, epoch, args), **seen)
-        if world.main:
-            harness.save(folder, "a2s", stage, epoch, flags, net, optimiser, labels)
-        world.barrier()
-    return net
+    groups = [{"params": others, "share": 1.0}, {"params": encoder, "share": encoder_share}]
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
-def train_epoch(
-    stage: int,
-    net: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    bank: Bank,
-    labels: MapBank | None,
-    epoch: int,
-    args: argparse.Namespace,
-) -> tuple[float, int]:
-    """One pass over the bank: (mean loss, number of images)."""
-    world, total, steps = args.world, torch.zeros((), device=args.device), 0
-    order, batch = epoch_order(len(bank), args.batch_size, args.seed, epoch, world)
-    flips = "once" if args.released and stage == 2 else "anew"  # D6
-    rectifying = stage == 2 and args.rectify != "off" and epoch > 2  # lambda is 1 before
-    pixels = generator(args.device, args.seed, "drop", epoch)
-    for index, flip in progress(
-        batches(order, batch, args.seed, epoch, world, flips),
-        f"stage {stage} epoch {epoch}",
-        len(order) // batch,
-    ):
-        image = bank.images(index, flip)
-        with autocast(args.device, args.amp):
-            out = net(image)
-        if stage == 1:
-            kept = (keep_mask(theta, args.drop, world, pixels) for theta in out)
-            loss = sum(
-                weight * adb_loss(theta, args.alpha, keep)
-                for weight, theta, keep in zip((1, *args.aux), out, kept)
-            )
-        else:
-            g = labels.read(index, flip)
-            loss = detector_loss(out, g)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of parameters its share of the learning rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group["share"]
+
+
+def train_activation(
+    net: ActivationNet,
+    settings: Settings,
+    schedule: Schedule,
+    alpha: float,
+    aux: list[float],
+    drop: float,
+) -> None:
+    """Stage 1: push every pixel away from the decision boundary, whichever side it is on.
+
+    alpha: Eq. 4. aux: loss weights of F3, F4, F5. drop: share of pixels left out of the loss.
+    """
+    photos = open_set(settings.data, settings.data_root, masks=False)
+    bank = Bank(photos, settings.size, settings.device, settings.out / "stage1")
+    optimiser = make_optimiser(net, encoder_share=1.0)
+    run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
+    logit = partial(activation_logit, net, amp=settings.amp)
+    watch = harness.Watch(settings)
+    if run.done == 0 and settings.world.main:
+        study_thresholds(net, bank, settings)
+
+    for epoch in run.epochs():
+        decay = (12, 16) if net.released else (10, 16)  # D1, Sec. IV-A
+        lr = rate(epoch, schedule, decay, PAPER["stage1"].epochs)
+        set_rate(optimiser, lr)
+        random = generator(settings.device, settings.seed, "drop", epoch)
+        for index, flip in run.batches():
+            image = bank.images(index, flip)  # [B, 3, S, S]
+            with autocast(settings.device, settings.amp):
+                thetas = run.net(image)  # of F, F3, F4, F5
+
+            loss = 0
+            for weight, theta in zip((1, *aux), thetas):
+                keep = keep_mask(theta, drop, settings.world, random)
+                loss = loss + weight * adb_loss(theta, alpha, keep)  # Eq. 4
+
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            run.add(loss=loss)
+
+        mirror = harness.mirror(logit, bank)
+        run.end_epoch(lr=lr, mirror=mirror, **watch(logit, run.picture))
+
+
+def train_detector(
+    net: Detector,
+    settings: Settings,
+    schedule: Schedule,
+    rectify: str,
+    lam: float,
+    released: bool,
+) -> None:
+    """Stage 2: learn the pseudo labels, and correct them with the detector's own predictions.
+
+    rectify: olr, hma or off. lam: lambda of Eq. 14.
+    """
+    photos = open_set(settings.data, settings.data_root, masks=False)
+    labels = read_labels(photos.names, settings)
+    bank = Bank(photos, settings.size, settings.device, settings.out / "stage2")
+    optimiser = make_optimiser(net, encoder_share=0.1)
+    run = Run(settings, 2, bank, net, optimiser, schedule, labels, "stage2")
+    logit = partial(detector_logit, net, amp=settings.amp)
+    watch = harness.Watch(settings)
+
+    for epoch in run.epochs():
+        lr = rate(epoch, schedule, (15, 20), PAPER["stage2"].epochs)  # Sec. IV-A
+        set_rate(optimiser, lr)
+        rectifying = rectify != "off" and epoch > 2  # before, lambda is 1
+        for index, flip in run.batches(flips="once" if released else "anew"):  # D6
+            image = bank.images(index, flip)  # [B, 3, S, S]
+            g = labels.read(index, flip)  # [B, 1, S, S]
+            with autocast(settings.device, settings.amp):
+                y = run.net(image)  # logit [B, 1, S, S]
+            loss = detector_loss(y, g)  # Eq. 12
+
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            run.add(loss=loss)
+
+            if rectifying:
+                p = torch.sigmoid(y.detach().float())
+                if rectify == "hma":  # D11
+                    p = dense_crf(image * 255, p, sxy=80 * settings.size / 320)
+                labels.write(index, flip, lam * g + (1 - lam) * p)  # Eq. 14
+
         if rectifying:
-            y = torch.sigmoid(out.detach().float())
-            if args.rectify == "hma":  # D11
-                y = dense_crf(image * 255, y, sxy=80 * args.size / 320)
-            labels.write(index, flip, args.lam * g + (1 - args.lam) * y)  # Eq. 14
-        total, steps = total + loss.detach(), steps + 1
-        if args.dry_run and steps == 2:
-            break
-    if rectifying:
-        labels.share(order[: steps * batch], batch, world)
-    return sum(world.gather(float(total) / steps)) / world.size, steps * batch
+            labels.share(run.order, run.batch, settings.world)
+        run.end_epoch(lr=lr, **watch(logit, run.picture))
 
 
-def keep_mask(theta: Tensor, drop: float, world: runtime.World, pixels: torch.Generator) -> Tensor:
-    """Zero for dropped pixels, else a constant such that the mean over all processes is 1."""
+def keep_mask(theta: Tensor, drop: float, world: World, random: torch.Generator) -> Tensor:
+    """Weights of the pixels: 0 for dropped ones, else a constant such that their mean is 1.
+
+    Every process draws for the whole batch and keeps its own part, so that the number of processes
+    changes nothing. Where chance would drop every pixel of a small map, all are kept.
+    """
     shape = (len(theta) * world.size, *theta.shape[1:])
-    keep = (torch.rand(shape, device=theta.device, generator=pixels) >= drop).float()
-    return (keep / keep.mean())[world.rank * len(theta) :][: len(theta)]
+    keep = torch.rand(shape, device=theta.device, generator=random) >= drop
+    keep = (keep | ~keep.any()).float()
+    mine = slice(world.rank * len(theta), (world.rank + 1) * len(theta))
+    return (keep / keep.mean())[mine]
 
 
 @torch.no_grad()
-def study_thresholds(net: ActivationNet, bank: Bank, args: argparse.Namespace) -> None:
+def study_thresholds(net: ActivationNet, bank: Bank, settings: Settings) -> None:
     """Table I: print V (Eq. 2) of each threshold on M stretched to [0, 1], before training."""
+    net.eval()
+    batch = settings.batch_size
+    count = min(2 * batch, len(bank)) if settings.dry_run else len(bank)
     v = dict.fromkeys(THRESHOLDS, 0.0)
-    count = min(2 * args.batch_size if args.dry_run else len(bank), len(bank))
-    for index in torch.arange(len(bank))[:count].split(args.batch_size):
-        m = net.eval().features(bank.images(index))[0].float().sum(1, keepdim=True)
+    for index in torch.arange(count).split(batch):
+        f = net.features(bank.images(index))[0]
+        m = f.float().sum(1, keepdim=True)  # M [B, 1, H/2, W/2]
         m = m - m.amin((2, 3), keepdim=True)
         m = m / m.amax((2, 3), keepdim=True).clamp(min=1e-12)
         for name, threshold in THRESHOLDS.items():
             v[name] += between_variance(m, threshold(m)).sum().item() / count
-    print("V of M before training (Table I): " + ", ".join(f"{k} {x:.4f}" for k, x in v.items()))
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in v.items())
+    say(f"V of M before training (Table I): {shown}")
 
 
 # ---- Pseudo labels -------------------------------------------------------------------------------
-def refine(image: Tensor, theta: Tensor, args: argparse.Namespace) -> Tensor:
-    """Eq. 6: G = median filter(CRF(sigmoid(theta))), theta signed. -> [B, 1, H, W] of 0 and 1"""
+ToLabel = Callable[[Tensor, Tensor], Tensor]  # `refine` with its options filled in
+
+
+def refine(
+    image: Tensor,
+    theta: Tensor,
+    sxy: float,
+    srgb: float,
+    unary: str = "hard",
+    released: bool = False,
+) -> Tensor:
+    """Eq. 6: G = median filter(CRF(sigmoid(theta))), theta with its sign.
+
+    image [B, 3, H, W] in [0, 1], theta [B, 1, H, W] -> [B, 1, H, W] of 0 and 1. sxy: the CRF's
+    reach in a photo of 320 pixels; srgb: its tolerance in grey levels. unary, released: D2.
+    """
     prob = torch.sigmoid(theta.float())
-    side = 1 if args.released else image.shape[-1] / 320  # sxy is for photos of about 320 pixels
-    if args.released or args.unary == "hard":  # D2
-        low, high = prob.amin((2, 3), keepdim=True), prob.amax((2, 3), keepdim=True)
-        prob = hard_unary(prob > ((low + high) / 2 if args.released else 0.5))
-    prob = dense_crf(image * 255, prob, args.sxy * side, args.srgb)
+    if released:
+        middle = (prob.amin((2, 3), keepdim=True) + prob.amax((2, 3), keepdim=True)) / 2
+        prob = hard_unary(prob > middle)  # D2
+    else:
+        sxy = sxy * image.shape[-1] / 320
+        if unary == "hard":
+            prob = hard_unary(prob > 0.5)  # D2
+    prob = dense_crf(image * 255, prob, sxy, srgb)
     return median_filter((prob > 0.5).float(), 7)
 
 
 @torch.no_grad()
-def make_labels(net: nn.Module, args: argparse.Namespace) -> None:
-    """Write <out>/pseudo/<stem>.png (0 or 255, the photo's size) for every training photo."""
-    dataset = open_set(args.data, args.data_root, masks=False)
-    for samples, images in harness.batches_of(dataset, args, "pseudo labels"):
-        if args.released:  # D3
-            photos = [s["image"][None].to(args.device).float() / 255 for s in samples]
-            labels = [refine(photo, forward(net, photo, args), args)[0, 0] for photo in photos]
+def make_labels(
+    net: ActivationNet, settings: Settings, to_label: ToLabel, own_size: bool = False
+) -> None:
+    """Write <out>/pseudo/<stem>.png (0 or 255, the photo's size) for every training photo.
+
+    own_size: make each label at its photo's own size instead of --size pixels (D3).
+    """
+    photos = open_set(settings.data, settings.data_root, masks=False)
+    for samples, images in harness.batches_of(photos, settings, "pseudo labels"):
+        if own_size:
+            labels = []
+            for sample in samples:
+                photo = sample["image"][None].to(settings.device).float() / 255
+                theta = activation_logit(net, photo, settings.amp)
+                labels.append(to_label(photo, theta)[0, 0])
         else:
-            labels = map(harness.at_size, label_logit(net, images, args), samples)
+            logits = label_logit(net, images, settings.amp, to_label)
+            labels = [harness.at_size(logit, sample) for logit, sample in zip(logits, samples)]
+
         for sample, label in zip(samples, labels):
             pixels = (label > 0.5).byte().cpu() * 255
-            save_png(args.out / "pseudo" / f"{sample['name']}.png", pixels)
-    args.world.barrier()
+            save_png(settings.out / "pseudo" / f"{sample['name']}.png", pixels)
+    settings.world.barrier()
 
 
-def label_logit(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
-    """Pseudo labels as logits, so that they are resized and scored like any prediction."""
-    return torch.logit(refine(image, forward(net, image, args), args), 1e-6)
+def read_labels(names: list[str], settings: Settings) -> MapBank:
+    """The label bank of stage 2, from the files of stage 1; raises `UserError` if one is missing.
 
-
-def read_labels(names: list[str], args: argparse.Namespace, folder: Path) -> MapBank:
-    """The label bank of stage 2, from stage 1's files."""
-    paths = [args.out / "pseudo" / f"{name}.png" for name in names]
-    if args.dry_run:  # stage 1 made only a few
-        paths = [p if p.exists() else next(args.out.glob("pseudo/**/*.png"), p) for p in paths]
+    After a --dry-run of stage 1 only a few labels exist: then any of them serves.
+    """
+    folder = settings.out / "pseudo"
+    paths = [folder / f"{name}.png" for name in names]
+    if settings.dry_run:
+        paths = [p if p.exists() else next(folder.glob("**/*.png"), p) for p in paths]
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(paths)} pseudo labels are missing ({missing[0]}); "
-            f"make them: python a2s.py --stage 1 --data {args.data} --out {args.out}"
+            f"{len(missing)} of {len(paths)} pseudo labels are missing ({missing[0]}); make them: "
+            f"python a2s.py --stage 1 --data {settings.data} --out {settings.out}"
         )
-    return MapBank(lambda i: load_mask(paths[i]), len(paths), args.size, args.device, folder)
+    return MapBank(
+        lambda i: load_mask(paths[i]),
+        len(paths),
+        settings.size,
+        settings.device,
+        settings.out / "stage2",
+    )
 
 
 # ---- Evaluation and prediction -------------------------------------------------------------------
 @torch.no_grad()
-def forward(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
-    """Saliency logit [B, 1, H, W] of either stage's network, in eval mode."""
+def activation_logit(net: ActivationNet, image: Tensor, amp: str) -> Tensor:
+    """Stage 1's saliency logit, the signed theta of F, in eval mode. -> [B, 1, H, W]"""
     net.eval()
-    with autocast(args.device, args.amp):
-        out = net(image)
-    return (out[0] if isinstance(out, list) else out).float()
+    with autocast(image.device, amp):
+        theta = net(image)[0]
+    return theta.float()
 
 
-def evaluate(stage: int, net: nn.Module, args: argparse.Namespace) -> harness.Results:
-    """Scores of every --eval set: of the detector, or of stage 1's activation and pseudo label."""
-    folder, logit = args.out / f"stage{stage}", partial(forward, net, args=args)
+@torch.no_grad()
+def label_logit(net: ActivationNet, image: Tensor, amp: str, to_label: ToLabel) -> Tensor:
+    """Pseudo labels as logits, so that they are resized and scored like any prediction."""
+    label = to_label(image, activation_logit(net, image, amp))
+    return torch.logit(label, 1e-6)
+
+
+@torch.no_grad()
+def detector_logit(net: Detector, image: Tensor, amp: str) -> Tensor:
+    """Stage 2's saliency logit, in eval mode. -> [B, 1, H, W]"""
+    net.eval()
+    with autocast(image.device, amp):
+        y = net(image)
+    return y.float()
+
+
+def evaluate(stage: int, net: nn.Module, settings: Settings, to_label: ToLabel) -> harness.Results:
+    """Scores of every --eval set: of stage 1's activation and pseudo label, or of the detector."""
+    folder = settings.out / f"stage{stage}"
     if stage == 2:
-        return harness.evaluate(logit, args, folder)
-    once = argparse.Namespace(**{**vars(args), "crf": False})  # labels have been through the CRF
-    return harness.evaluate(logit, args, folder, "-activation") | harness.evaluate(
-        partial(label_logit, net, args=args), once, folder, "-label"
-    )
+        return harness.evaluate(partial(detector_logit, net, amp=settings.amp), settings, folder)
+    activation = partial(activation_logit, net, amp=settings.amp)
+    label = partial(label_logit, net, amp=settings.amp, to_label=to_label)
+    results = harness.evaluate(activation, settings, folder, "-activation")
+    # A label has been through the CRF already.
+    return results | harness.evaluate(label, settings, folder, "-label", crf=False)
 
 
-def load(path: Path, args: argparse.Namespace) -> tuple[int, nn.Module]:
-    """Network and stage of a checkpoint: ours, or the authors' (--stage tells which, else 2)."""
+def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, int, nn.Module]:
+    """The flags that fit a checkpoint, its stage and its network.
+
+    A checkpoint of the authors does not tell its stage: --stage does, else it is 2.
+    """
     saved = runtime.torch_load(path)
     if "method" not in saved and any(key.startswith("decoder.") for key in saved):
-        stage, args.released, state = int(args.stage or 2), True, from_released(saved)
-        args.data, args.out = "MSRA-B", args.out or Path("runs", "a2s-released")
+        stage = int(args.stage or 2)
+        state = a2s_state(saved)
+        out = args.out or Path("runs", "a2s-released")
+        args = flags.replaced(args, released=True, data="MSRA-B", out=out)
     else:
-        names = (
-            "backbone",
-            "pixels",
-            "borders",
-            "released",
-            "boundary",
-            "threshold",
-            "detector",
-            "data",
-        )
-        saved = harness.restore(path, "a2s", args, names, ("size", "sxy", "srgb", "unary"))
-        stage, state = saved["stage"], saved["model"]
-        args.out = args.out or harness.run_of(path, ("stage1", "stage2"))
-    fill_defaults(args)
-    harness.prepare(args, "a2s")
+        runtime.check_checkpoint(saved, path, METHOD)
+        stage = saved["stage"]
+        state = saved["model"]
+        fixed = "backbone pixels borders released boundary threshold detector data".split()
+        args = flags.saved_flags(args, saved, fixed, free=["size", "sxy", "srgb", "unary"])
+        args = flags.replaced(args, out=args.out or flags.run_of(path, ("stage1", "stage2")))
+    args = complete(args)
     net = make_net(stage, args, "none")
     runtime.load_state(net, state, path)
-    return stage, net
-
-
-def from_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' state dict under our names, less GroupNorms that they built but never called."""
-    names = {
-        "decoder.": "",
-        "ad2.": "se3.",
-        "ad3.": "se4.",
-        "ad4.": "se5.",
-        "fusion.": "se0.",
-        "ad0.0": "conv",
-        "ad0.1": "norm",
-        ".se.conv": ".gate",
-        "adapter": "laterals.",
-        "gconv": "basis",
-        "res_conv1": "attention.0",
-        "res_conv2": "attention.1",
-        "gb_conv": "head",
-    }
-    renamed = {}
-    for key, value in state.items():
-        for theirs, ours in {} if key.startswith("encoder.") else names.items():
-            key = key.replace(theirs, ours)
-        renamed[key] = value
-    return {key: value for key, value in renamed.items() if ".se.gn." not in key}
+    return args, stage, net
 
 
 # ---- Main ----------------------------------------------------------------------------------------
+def use(args: argparse.Namespace) -> None:
+    """Evaluate or predict with a checkpoint: that of --weights, or of the run folder."""
+    folder = flags.run_folder(args, METHOD)
+    path = args.weights or folder / f"stage{args.stage or 2}" / "last.pt"
+    args, stage, net = load(path, flags.replaced(args, weights=path))
+    settings = flags.settle(args, METHOD)
+    net = settings.place(net)
+    if args.predict:
+        logit = activation_logit if stage == 1 else detector_logit
+        harness.predict(partial(logit, net, amp=settings.amp), settings)
+    else:
+        results = evaluate(stage, net, settings, label_maker(args))
+        harness.save_results(results, settings, settings.out / f"stage{stage}")
+
+
+def label_maker(args: argparse.Namespace) -> ToLabel:
+    """`refine` with the options that the flags give."""
+    return partial(refine, sxy=args.sxy, srgb=args.srgb, unary=args.unary, released=args.released)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
     args = build_parser().parse_args(argv)
     if args.weights or args.predict:
-        run = harness.run_folder(args, "a2s")
-        args.weights = args.weights or run / f"stage{args.stage or 2}" / "last.pt"
-        stage, net = load(args.weights, args)
-        if args.predict:
-            harness.predict(lambda image: forward(net, image, args), args)
-        else:
-            harness.save_results(evaluate(stage, net, args), args, args.out / f"stage{stage}")
+        use(args)
         return
-    fill_defaults(args)
-    harness.prepare(args, "a2s")
+
+    args = complete(args)
+    flags.show_preset(args, SHAPES)
+    settings = flags.settle(args, METHOD)
+    stages = [int(args.stage)] if args.stage else [1, 2]
+    schedules = {1: args.stage1, 2: args.stage2}
+    claim(settings, {f"stage{stage}": schedules[stage] for stage in stages})
+
     results = {}
-    for stage in (1, 2) if args.stage is None else (int(args.stage),):
-        net = train(stage, args)
+    to_label = label_maker(args)
+    for stage in stages:
+        torch.manual_seed(args.seed)
+        net = settings.place(make_net(stage, args, args.backbone_weights))
         if stage == 1:
-            make_labels(net, args)
-        results |= evaluate(stage, net, args)
-        harness.save_results(results, args, args.out / f"stage{stage}")
-    harness.gallery(["stage1/pred/{}-activation", "stage1/pred/{}-label", "stage2/pred/{}"], args)
+            train_activation(net, settings, args.stage1, args.alpha, args.aux, args.drop)
+            make_labels(net, settings, to_label, own_size=args.released)
+        else:
+            train_detector(net, settings, args.stage2, args.rectify, args.lam, args.released)
+        results |= evaluate(stage, net, settings, to_label)
+        harness.save_results(results, settings, settings.out / f"stage{stage}")
+    harness.gallery(
+        ["stage1/pred/{}-activation", "stage1/pred/{}-label", "stage2/pred/{}"], settings
+    )
 
 
 if __name__ == "__main__":

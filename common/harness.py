@@ -23,8 +23,8 @@ from common.bank import Bank
 from common.crf import dense_crf, photo_sxy
 from common.curves import write_curves
 from common.datasets import load_image, open_set
+from common.flags import Settings
 from common.metrics import Metrics, table, to_uint8
-from common.run import Settings
 from common.runtime import UserError, progress, save_json, save_png, save_text, say
 
 Forward = Callable[[Tensor], Tensor]

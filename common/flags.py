@@ -1,0 +1,352 @@
+"""Flags that all scripts share, and the settings that they become.
+
+    add_flags(parser, PAPER, SHAPES)                   # spelt once: they mean the same everywhere
+    args = completed(args, PAPER)                      # a value for every flag; args stay unchanged
+    settings = settle(args, "a2s")                     # device, processes, run folder; checked
+
+A preset is a dict of flags and, under the keys stage1, stage2, ..., a `Schedule` per stage.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from common import runtime
+from common.backbones import BACKBONES, PIXELS
+from common.datasets import MissingSet, open_set
+from common.runtime import UserError, World, say
+from data.registry import SHAPES
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+class Schedule(NamedTuple):
+    """How long a stage trains, and its highest learning rate."""
+
+    epochs: int
+    lr: float
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def learning_rate(text: str) -> float:
+    """An argparse type: a learning rate above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return float(text)
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed of torch's generators."""
+    if not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def defaults(name: str, paper: dict, shapes: dict) -> str:
+    """'[paper 320, shapes 160]': the default of a flag, for its help.
+
+    epochs and lr are looked up in the schedules of the stages: '[paper 20 25, shapes 3 3]'.
+    """
+
+    def value(preset: dict) -> str:
+        if name in preset:
+            return str(preset[name])
+        schedules = [one for one in preset.values() if isinstance(one, Schedule)]
+        return " ".join(f"{getattr(schedule, name):g}" for schedule in schedules)
+
+    return f"[paper {value(paper)}, shapes {value(shapes)}]"
+
+
+def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> None:
+    """The flags that all scripts share, daily ones first; None stands for the preset's value."""
+    daily = parser.add_argument_group("daily use")
+    daily.add_argument(
+        "--data",
+        default="shapes",
+        metavar="SET",
+        help="a folder of photos, a registered set (python -m common.datasets lists them), sets "
+        "joined with +, each restricted by SET@stems.txt [shapes]",
+    )
+    daily.add_argument(
+        "--predict", type=Path, nargs="+", metavar="PATH", help="map photos or folders of them"
+    )
+    daily.add_argument(
+        "--weights", type=Path, metavar="FILE", help="a checkpoint, for --eval and --predict"
+    )
+    daily.add_argument(
+        "--eval", nargs="+", metavar="SET", help="sets to score on, spelt like --data"
+    )
+    daily.add_argument("--out", type=Path, metavar="DIR", help="run folder [runs/<script>-<data>]")
+    daily.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the run folder's last.pt; with --stage 2 without making the labels of "
+        "stage 1 again",
+    )
+    daily.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="two steps of every epoch, two batches of everything else",
+    )
+    add_training_flags(parser, paper, shapes)
+    add_output_flags(parser)
+    parser.set_defaults(pairs=False)  # True: the networks see a photo and its modality
+
+
+def add_training_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> None:
+    """What decides on the result besides the method's own flags, and where it is computed."""
+    train = parser.add_argument_group("training")
+    for name, kind, text in (
+        ("epochs", positive, "of each stage"),
+        ("lr", learning_rate, "highest learning rate, of each stage"),
+        ("batch-size", positive, "over all processes"),
+        ("size", positive, "the network sees size x size pixels"),
+    ):
+        default = defaults(name.replace("-", "_"), paper, shapes)
+        train.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} {default}")
+    train.add_argument("--seed", type=seed, default=0, help="of all random numbers [0]")
+    net = parser.add_argument_group("backbone")
+    net.add_argument(
+        "--backbone",
+        choices=BACKBONES,
+        help=f"the pretrained encoder {defaults('backbone', paper, shapes)}",
+    )
+    net.add_argument(
+        "--backbone-weights",
+        metavar="W",
+        help="moco800, moco200, imagenet, none, or a file [the paper's]",
+    )
+    net.add_argument(
+        "--pixels",
+        choices=PIXELS,
+        default="imagenet",
+        help="how the backbone's weights want their pixels [imagenet]",
+    )
+    net.add_argument(
+        "--borders",
+        choices=("zeros", "replicate"),
+        default="zeros",
+        help="what the backbone's convolutions see beyond the border [zeros]",
+    )
+    place = parser.add_argument_group("runtime")
+    place.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    place.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "off"),
+        default="auto",
+        help="bf16 autocast; auto: on CUDA only. Losses are always fp32 [auto]",
+    )
+    place.add_argument("--compile", action="store_true", help="torch.compile the network")
+    place.add_argument(
+        "--data-root", default="data", metavar="DIR", help="where registered sets lie [data]"
+    )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """What is written besides checkpoints and scores."""
+    out = parser.add_argument_group("output")
+    out.add_argument("--cutout", action="store_true", help="--predict also writes RGBA cut-outs")
+    out.add_argument("--crf", action="store_true", help="refine predicted maps with the dense CRF")
+    out.add_argument(
+        "--watch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="score N photos of the first --eval set after every epoch: to look at, never to "
+        "choose an epoch by [0]",
+    )
+    out.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in a run folder that holds a run with other flags",
+    )
+
+
+def is_shapes(data: str) -> bool:
+    """Whether --data names nothing but built-in sets: 'shapes+shapes-depth@list.txt'."""
+    return all(part.split("@")[0] in SHAPES for part in data.split("+"))
+
+
+def replaced(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    """A copy of the flags with some of them changed; flags are never changed in place."""
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def completed(args: argparse.Namespace, preset: dict) -> argparse.Namespace:
+    """A copy of the flags in which every None is replaced by the preset's value.
+
+    A `Schedule` of the preset (key "stage1", ...) takes --epochs and --lr where they are given.
+    """
+    changes = {}
+    for name, value in preset.items():
+        if isinstance(value, Schedule):
+            changes[name] = Schedule(args.epochs or value.epochs, args.lr or value.lr)
+        elif getattr(args, name) is None:
+            changes[name] = value
+    return replaced(args, **changes)
+
+
+def evaluation_sets(args: argparse.Namespace, usual: Sequence[str]) -> list[str]:
+    """--eval, else what is there of the sets that the method usually scores on.
+
+    --predict alone scores nothing. Sets that are not there are named on the terminal.
+    """
+    if args.eval is not None:
+        return args.eval
+    return [] if args.predict else present(usual, args.data_root)
+
+
+def present(names: Sequence[str], root: str) -> list[str]:
+    """Those of `names` that are there; the others are named on the terminal. Raises `UserError`
+    for a set that is broken."""
+    found = []
+    for name in names:
+        try:
+            open_set(name, root)
+        except MissingSet:
+            continue
+        found.append(name)
+    missing = [name for name in names if name not in found]
+    if missing:
+        say("evaluation sets not found: " + ", ".join(missing))
+    return found
+
+
+def show_preset(args: argparse.Namespace, preset: dict) -> None:
+    """Print the small preset, where it is used to train."""
+    if is_shapes(args.data):
+        shown = []
+        for name in preset:
+            value = getattr(args, name)
+            if isinstance(value, Schedule):
+                value = f"{value.epochs} epochs at rate {value.lr:g}"
+            shown.append(f"{name} {value}")
+        say("preset for shapes: " + ", ".join(shown))
+
+
+def saved_flags(
+    args: argparse.Namespace, saved: dict, fixed: Sequence[str], free: Sequence[str]
+) -> argparse.Namespace:
+    """A copy of the flags that fits a checkpoint.
+
+    fixed: names of flags that describe its network; they become those of its training.
+    free: names of flags that do so only where they were not given.
+    """
+    names = [*fixed, *(name for name in free if getattr(args, name) is None)]
+    lost = [name for name in names if name not in saved["args"]]
+    if lost:
+        raise UserError(
+            f"the checkpoint was made by another version: it lacks {', '.join(lost)}; train again"
+        )
+    return replaced(args, **{name: saved["args"][name] for name in names})
+
+
+# ---- Settings ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Settings:
+    """What all functions of a run need to know. Made once from the flags, never changed."""
+
+    method: str
+    out: Path
+    data: str
+    data_root: str
+    eval: list[str]
+    predict: list[Path] | None
+    size: int
+    batch_size: int
+    seed: int
+    device: torch.device
+    world: World
+    amp: str
+    compile: bool
+    pairs: bool
+    resume: bool
+    overwrite: bool
+    dry_run: bool
+    watch: int
+    crf: bool
+    cutout: bool
+    flags: dict = field(repr=False)  # all flags as plain values, for args.json and checkpoints
+
+    def place(self, net: nn.Module) -> nn.Module:
+        """The network on the device, compiled if --compile asks for it."""
+        net = net.to(self.device, memory_format=torch.channels_last)
+        if self.compile:
+            net.compile()
+        return net
+
+
+def settle(args: argparse.Namespace, method: str, captions: bool = False) -> Settings:
+    """Resolve the device, join torchrun's processes, choose the run folder; print the choices.
+
+    Raises `UserError` for what would come to light only after hours of training: an --eval set
+    that is not there, has no masks (unless `captions` will do), or the name of another.
+    """
+    device, reason = runtime.pick_device(args.device)
+    world = runtime.join_world(device)
+    if args.batch_size % world.size:
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be split over {world.size} processes"
+        )
+    if args.weights and not args.eval and not args.predict:
+        raise UserError(
+            "--weights needs --eval SET or --predict PATH (training goes on with --resume)"
+        )
+    check_evaluation_sets(args, captions)
+    names = Settings.__dataclass_fields__.keys() & vars(args).keys()
+    values = {name: getattr(args, name) for name in names}
+    values |= {"out": run_folder(args, method), "device": device, "world": world}
+    settings = Settings(method=method, flags=plain_flags(args, device), **values)
+    say(
+        f"device {device} ({reason}), {world.size} process(es), backbone {args.backbone}, "
+        f"{args.size} px, run folder {settings.out}"
+    )
+    return settings
+
+
+def check_evaluation_sets(args: argparse.Namespace, captions: bool) -> None:
+    """Raise `UserError` for an --eval set that cannot be scored; see `settle`."""
+    titles = set()
+    for spec in args.eval:
+        dataset = open_set(spec, args.data_root)
+        if not captions and dataset[0]["mask"] is None:
+            raise UserError(f"--eval {spec} has no masks: there is nothing to score with")
+        if dataset.title in titles:
+            raise UserError(
+                f"two --eval sets are called {dataset.title}, so the maps of one would overwrite "
+                "those of the other: rename a folder"
+            )
+        titles.add(dataset.title)
+
+
+def run_folder(args: argparse.Namespace, method: str) -> Path:
+    """--out, or runs/<method>-<data>."""
+    data = re.sub("[^A-Za-z0-9_.+-]+", "-", args.data).strip("-")
+    return args.out or Path("runs", f"{method}-{data}")
+
+
+def run_of(checkpoint: Path, stages: Sequence[str]) -> Path:
+    """The run folder of <run>/<stage>/last.pt; of a checkpoint copied elsewhere its own folder."""
+    folder = checkpoint.parent
+    return folder.parent if folder.name in stages else folder
+
+
+def plain_flags(args: argparse.Namespace, device: torch.device) -> dict:
+    """The flags as plain values, for checkpoints and args.json."""
+    plain = (int, float, str, list, tuple, type(None))
+    flags = {}
+    for name, value in vars(args).items():
+        if not isinstance(value, Schedule):  # a stage's own is added by `Run`
+            flags[name] = value if isinstance(value, plain) else str(value)
+    return flags | {"device": str(device), "predict": None}
