@@ -77,6 +77,7 @@ def test_length_names_iteration_and_sample_format():
     data = Shapes("test", "flow", count=3)
     assert data.names[2] == "shapes-test-00002"
     assert Shapes("train", view="top").names[12] == "shapes-top-train-00012"
+    assert data.left_out == [] and data.bytes(2) == 0  # what a set of files would tell
     samples = list(data)  # stops by itself
     assert [sample["name"] for sample in samples] == data.names
     for sample in samples:
