@@ -752,12 +752,11 @@ def use(args: argparse.Namespace) -> None:
     args, stage, net = load(path, flags.replaced(args, weights=path))
     settings = flags.settle(args, METHOD)
     net = settings.place(net)
+    results = evaluate(stage, net, settings, label_maker(args))
+    harness.save_results(results, settings, settings.out / f"stage{stage}")
     if args.predict:
         logit = activation_logit if stage == 1 else detector_logit
         harness.predict(partial(logit, net, amp=settings.amp), settings)
-    else:
-        results = evaluate(stage, net, settings, label_maker(args))
-        harness.save_results(results, settings, settings.out / f"stage{stage}")
 
 
 def label_maker(args: argparse.Namespace) -> ToLabel:

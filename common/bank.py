@@ -134,6 +134,7 @@ class MapBank:
         budget: int | None = None,
     ):
         self.device = device
+        self.changed = False  # whether maps were written since they were last saved
         self.pixels = storage((count, 1, size, size), device, Path(folder, "maps.u8"), budget)
         maps = parallel_map(lambda i: resize(load(i), size), range(count))
         for i, label in enumerate(progress(maps, "read labels", count)):
@@ -146,6 +147,7 @@ class MapBank:
 
     def write(self, index: torch.Tensor, flip: torch.Tensor, maps: torch.Tensor) -> None:
         """Store `maps` as `read` gave them: mirrored ones are turned back first."""
+        self.changed = True
         flip = flip.to(maps.device, non_blocking=True).view(-1, 1, 1, 1)
         maps = (torch.where(flip, maps.flip(3), maps) * 255 + 0.5).byte()
         self.pixels[index.to(self.pixels.device, non_blocking=True)] = maps.to(self.pixels.device)

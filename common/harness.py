@@ -9,6 +9,7 @@ Nothing here knows a method: a network is a function `forward` from images [B, 3
 on the device to saliency logits [B, 1, S, S].
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +27,32 @@ from common.datasets import load_image, open_set
 from common.flags import Settings
 from common.metrics import Metrics, table, to_uint8
 from common.runtime import UserError, progress, save_json, save_png, save_text, say
+
+try:
+    from common.datasets import open_photos, report_left_out
+except ImportError:
+
+    class Photo(Dataset):
+        """A single photo as a data set."""
+
+        def __init__(self, path: Path):
+            self.path, self.names, self.title = path, [path.stem], path.name
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> dict:
+            image = load_image(self.path)
+            return {"image": image, "name": self.path.stem, "size": tuple(image.shape[1:])}
+
+    def open_photos(paths, root, skip=None):
+        """Stand-in."""
+        path = paths if isinstance(paths, Path) else paths[0]
+        return Photo(path) if path.is_file() else open_set(path, root, masks=False)
+
+    def report_left_out(dataset):
+        """Stand-in."""
+
 
 Forward = Callable[[Tensor], Tensor]
 Results = dict[str, Metrics]  # by the title of a row of the table
@@ -49,16 +76,30 @@ def stack(samples: list[dict], settings: Settings) -> Tensor:
 
 
 def batches_of(
-    dataset: Dataset, settings: Settings, text: str
+    dataset: Dataset, settings: Settings, text: str, broken: list[str] | None = None
 ) -> Iterator[tuple[list[dict], Tensor]]:
-    """This process's share of a set: samples, and what the network sees of them, see `stack`."""
+    """This process's share of a set: samples, and what the network sees of them, see `stack`.
+
+    broken: a list that takes the reasons why samples could not be read; without it the first such
+    sample raises its `UserError`.
+    """
     batch = settings.batch_size
     count = min(len(dataset), 2 * batch) if settings.dry_run else len(dataset)
     index = settings.world.share(range(count))
     chunks = [index[i : i + batch] for i in range(0, len(index), batch)]
+
+    def read(i: int) -> dict | None:
+        try:
+            return dataset[i]
+        except UserError as error:
+            if broken is None:
+                raise
+            broken.append(str(error))
+
     for chunk in progress(chunks, text):
-        samples = list(runtime.parallel_map(dataset.__getitem__, chunk))
-        yield samples, stack(samples, settings)
+        samples = [sample for sample in runtime.parallel_map(read, chunk) if sample]
+        if samples:
+            yield samples, stack(samples, settings)
 
 
 def at_size(logit: Tensor, sample: dict) -> Tensor:
@@ -196,35 +237,38 @@ class Watch:
 # ---- Prediction ----------------------------------------------------------------------------------
 @torch.inference_mode()
 def predict(forward: Forward, settings: Settings) -> None:
-    """Write <out>/predict/<stem>.png (8 bits, the photo's size) for a photo or a folder."""
-    photos = open_photos(settings.predict, settings.data_root)
+    """Write <out>/predict/<name>.png (8 bits, the photo's size) for every photo of --predict.
+
+    --cutout adds <name>_cutout.png, RGBA with the map as alpha.
+    Raises `UserError` if two files would have the same name, before anything is written, and, when
+    all others are done, if photos could not be read.
+    """
     folder = settings.out / "predict"
-    for samples, images in batches_of(photos, settings, "predict"):
+    photos = open_photos(settings.predict, settings.data_root, skip=folder)
+    report_left_out(photos)
+    suffixes = ["", "_cutout"] if settings.cutout else [""]
+    check_names([name + suffix for name in photos.names for suffix in suffixes])
+
+    broken = []
+    for samples, images in batches_of(photos, settings, "predict", broken):
         for sample, logit in zip(samples, forward(images)):
             pred = finish(logit, sample, settings.crf)
             save_png(folder / f"{sample['name']}.png", pred)
             if settings.cutout:
                 rgba = torch.cat([sample["image"], pred[None]]).permute(1, 2, 0)
                 save_png(folder / f"{sample['name']}_cutout.png", rgba)
-    if settings.world.main:
-        say(f"wrote {len(photos)} map(s) to {folder}")
+
+    broken = [reason for part in settings.world.gather(broken) for reason in part]
+    say(f"wrote {len(photos) - len(broken)} map(s) to {folder}")
+    if broken:
+        raise UserError(f"{len(broken)} photo(s) could not be read: " + "; ".join(broken))
 
 
-def open_photos(paths: Path | Sequence[Path], root: str) -> Dataset:
-    """The photos that --predict names."""
-    path = paths if isinstance(paths, Path) else paths[0]
-    return Photo(path) if path.is_file() else open_set(path, root, masks=False)
-
-
-class Photo(Dataset):
-    """A single photo as a data set."""
-
-    def __init__(self, path: Path):
-        self.path, self.names, self.title = path, [path.stem], path.name
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> dict:
-        image = load_image(self.path)
-        return {"image": image, "name": self.path.stem, "size": tuple(image.shape[1:])}
+def check_names(names: Sequence[str]) -> None:
+    """Raise `UserError` if two files would be written under one name."""
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"{times} pictures would be written to {name}.png: rename one of their photos, or "
+            "predict them one at a time"
+        )

@@ -89,10 +89,14 @@ def refused(main: Callable, *flags) -> str:
 
 # ---- Files ---------------------------------------------------------------------------------------
 def last(folder: Path, stage: str | int | None = None) -> dict:
-    """The checkpoint of a run folder; stage: "sod", or 1 for the folder stage1."""
+    """The checkpoint of a run folder with its labels; stage: "sod", or 1 for the folder stage1."""
     if isinstance(stage, int):
         stage = f"stage{stage}"
-    return torch.load(Path(folder, stage or "", "last.pt"), weights_only=True)
+    folder = Path(folder, stage or "")
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    if saved["labels"]:  # the name of their file
+        saved["labels"] = torch.load(folder / saved["labels"], weights_only=True)["labels"]
+    return saved
 
 
 def same(a: dict, b: dict) -> bool:
