@@ -19,19 +19,20 @@ standard deviation of ImageNet), "f3net" (those that F3Net and its heirs use), "
 BatchNorm: `stored_stats=True` keeps the statistics that came with the weights, also while training;
 False is torch's usual behaviour (batch statistics in training mode, running averages updated).
 
-Weights are downloaded once to torch's hub folder and checked against their published digest; any
-local file is accepted instead. Every key is accounted for: a missing or surplus one is an error.
+Weights are downloaded once to torch's hub folder, and checked against their published digest in
+every run; any local file is accepted instead. Every key is accounted for: a missing or surplus one
+is an error.
 """
 
 import hashlib
-import urllib.error
+import http.client
 from pathlib import Path
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
-from common.runtime import UserError, load_state, sha256, torch_load
+from common.runtime import UserError, load_state, torch_load
 
 PIXELS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -42,7 +43,7 @@ PIXELS = {
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints/"
 _TORCH = "https://download.pytorch.org/models/"
-WEIGHTS = {  # (backbone, name): (address, "md5:" or "sha256:" with the first digits)
+WEIGHTS = {  # (backbone, name): (address, first digits of the file's published digest)
     ("resnet50", "moco800"): (
         _MOCO + "moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
         "md5:a04e12f8",
@@ -58,8 +59,10 @@ WEIGHTS = {  # (backbone, name): (address, "md5:" or "sha256:" with the first di
 }
 TINY_WEIGHTS = Path(__file__).parent.parent / "data" / "tiny_encoder.pt"
 DEFAULT_WEIGHTS = {"resnet50": "moco800", "tiny": "shapes"}  # the others: imagenet
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # numbers of weights
 
 
+# ---- The five encoders ---------------------------------------------------------------------------
 class Pyramid(nn.Module):
     """Base of the encoders: pixel normalisation and the BatchNorm policy."""
 
@@ -71,7 +74,7 @@ class Pyramid(nn.Module):
         for name, value in zip(("mean", "std"), PIXELS[pixels]):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
-    def normalise(self, image: torch.Tensor) -> torch.Tensor:
+    def normalise(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] to the numbers that the weights were trained on."""
         return (image - self.mean) / self.std
 
@@ -94,7 +97,7 @@ class ResNet(Pyramid, torchvision.models.ResNet):
         if not keep_fc:
             del self.fc
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
         x = self.relu(self.bn1(self.conv1(self.normalise(image))))
         taps = [x]
@@ -115,11 +118,13 @@ class VGG16(Pyramid):
         super().__init__()
         self.features = torchvision.models.vgg16().features
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32, or 1, 2, 4, 8, 16."""
-        x, taps = self.normalise(image), []
+        x = self.normalise(image)
+        taps = []
         for layer in self.features:
-            before, x = x, layer(x)
+            before = x
+            x = layer(x)
             if isinstance(layer, nn.MaxPool2d):
                 taps.append(before if self.before_pooling else x)
         return taps
@@ -134,14 +139,21 @@ class MobileNetV2(Pyramid):
         super().__init__()
         self.features = torchvision.models.mobilenet_v2().features
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
-        x, taps = self.normalise(image), []
+        x = self.normalise(image)
+        taps = []
         for index, block in enumerate(self.features):
             x = block(x)
             if index in (1, 3, 6, 13, 18):
                 taps.append(x)
         return taps
+
+
+def convolution(before: int, after: int, stride: int) -> list[nn.Module]:
+    """3 x 3 convolution that replicates the border, BatchNorm, ReLU."""
+    conv = nn.Conv2d(before, after, 3, stride, 1, bias=False, padding_mode="replicate")
+    return [conv, nn.BatchNorm2d(after), nn.ReLU()]
 
 
 class Tiny(Pyramid):
@@ -156,22 +168,19 @@ class Tiny(Pyramid):
 
     def __init__(self):
         super().__init__()
-        self.levels, before = nn.ModuleList(), 3
+        self.levels = nn.ModuleList()
+        before = 3
         for width in self.channels:
-            strides = (2,) if width == 256 else (2, 1)
-            level = []
-            for stride in strides:
-                level += [
-                    nn.Conv2d(before, width, 3, stride, 1, bias=False, padding_mode="replicate"),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                ]
-                before = width
+            level = convolution(before, width, stride=2)
+            if width < 256:
+                level += convolution(width, width, stride=1)
             self.levels.append(nn.Sequential(*level))
+            before = width
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] in [0, 1] to five maps at strides 2, 4, 8, 16, 32."""
-        x, taps = self.normalise(image), []
+        x = self.normalise(image)
+        taps = []
         for level in self.levels:
             x = level(x)
             taps.append(x)
@@ -208,22 +217,31 @@ def backbone(
     keep_fc = keep_fc and name.startswith("resnet")
     encoder = BACKBONES[name](keep_fc)
     encoder.set_pixels(pixels)
+    encoder.stored_stats = stored_stats
     if name == "vgg16":
         encoder.before_pooling = before_pooling
-    encoder.stored_stats = stored_stats
-    for module in encoder.modules():
-        if isinstance(module, nn.Conv2d) and borders != "zeros":
-            module.padding_mode = borders
+    if borders != "zeros":
+        for module in encoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.padding_mode = borders
+
     weights = weights or DEFAULT_WEIGHTS.get(name, "imagenet")
     if weights != "none":
-        path = find_weights(name, weights)
-        state = read_weights(path)
-        if keep_fc and "fc.weight" not in state:
-            state |= {f"fc.{key}": value for key, value in encoder.fc.state_dict().items()}
-        # the keys of a classifier are not needed; fc.0 and fc.2 are MoCo's projection head
-        surplus = ("fc.0.", "fc.2.") if keep_fc else ("fc.", "classifier.")
-        load_state(encoder, state, path, surplus)
+        load_weights(encoder, find_weights(name, weights), keep_fc)
     return encoder
+
+
+# ---- Weight files --------------------------------------------------------------------------------
+def load_weights(encoder: Pyramid, path: Path, keep_fc: bool) -> None:
+    """Fill an encoder from a weight file; see `backbone`."""
+    state = read_weights(path)
+    if keep_fc and "fc.weight" not in state:
+        for key, value in encoder.fc.state_dict().items():
+            state[f"fc.{key}"] = value
+
+    # The keys of a classifier are not needed. MoCo's projection head is called fc.0 and fc.2.
+    surplus = ("fc.0.", "fc.2.") if keep_fc else ("fc.", "classifier.")
+    load_state(encoder, state, path, surplus)
 
 
 def find_weights(name: str, weights: str) -> Path:
@@ -236,18 +254,19 @@ def find_weights(name: str, weights: str) -> Path:
         known = [of for of_backbone, of in (*WEIGHTS, ("tiny", "shapes")) if of_backbone == name]
         raise UserError(
             f"--backbone-weights {weights}: no such file, and {name} knows only "
-            f"{', '.join(known + ['none'])}"
+            f"{', '.join([*known, 'none'])}"
         )
+
     url, digest = WEIGHTS[name, weights]
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(
-                f"cannot download the weights of {name} ({error}); save {url} as "
-                f"{path}, or give a local file with --backbone-weights"
+                f"cannot download the weights of {name} ({error}); save {url} as {path}, or give a "
+                "local file with --backbone-weights"
             ) from None
     check_digest(path, digest)
     return path
@@ -256,27 +275,48 @@ def find_weights(name: str, weights: str) -> Path:
 def check_digest(path: Path, digest: str) -> None:
     """Compare a file with its published digest, "md5:..." or "sha256:..." (leading digits suffice).
 
-    The full sha256 is recorded beside the file on first use and compared from then on, since the
-    published digests are only eight digits long. Raises `UserError` on a difference.
+    torch.hub could do so after a download, but knows no md5, and would not see a file that was
+    fetched by hand or damaged later. Raises `UserError` on a difference.
     """
     kind, expected = digest.split(":")
-    record = path.with_name(path.name + ".sha256")
-    full = sha256(path)
-    first = full if kind == "sha256" else hashlib.md5(path.read_bytes()).hexdigest()
-    if not first.startswith(expected) or record.exists() and record.read_text() != full:
+    found = hashlib.new(kind, path.read_bytes()).hexdigest()
+    if not found.startswith(expected):
         raise UserError(
-            f"{path} is damaged or is another file ({kind} {first[:8]}, expected "
-            f"{expected}); delete it (and {record.name}) and fetch it again"
+            f"{path} is damaged or is another file ({kind} {found[:8]}, expected {expected}); "
+            "delete it and fetch it again"
         )
-    if not record.exists():
-        record.write_text(full)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """State dict of a weight file: plain, below "state_dict", with "module." or MoCo's prefix."""
     state = torch_load(path)
     state = state.get("state_dict", state)
     query = "module.encoder_q."  # MoCo may store encoder_k and a queue too: only the query counts
-    if any(key.startswith(query) for key in state):
-        state = {key: value for key, value in state.items() if key.startswith(query)}
+    if isinstance(state, dict) and any(str(key).startswith(query) for key in state):
+        state = {key: value for key, value in state.items() if str(key).startswith(query)}
+    state = named_tensors(state, path)
     return {key.removeprefix(query).removeprefix("module."): value for key, value in state.items()}
+
+
+def named_tensors(state: object, path: str | Path) -> dict[str, Tensor]:
+    """`state`, if it is a dict of weights by their names; else a `UserError` that accuses `path`.
+
+    Weights are floating-point numbers; only BatchNorm counts its batches in whole numbers.
+    """
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{path} holds no state dict, which is a dict of tensors by their names")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{path} holds a {type(value).__name__} called {key} among its tensors; save the "
+                "weights alone: torch.save(network.state_dict(), FILE)"
+            )
+        counter = key.endswith("num_batches_tracked") and value.dtype == torch.int64
+        dense = value.layout == torch.strided and not value.is_meta
+        if not dense or not (counter or value.dtype in FLOATS):
+            kind = f"{value.device} {value.layout} {value.dtype}".replace("torch.", "")
+            raise UserError(
+                f"{path}: {key} is a tensor of another kind ({kind}) than weights, which are dense "
+                "floating-point numbers; convert it, or fetch other weights"
+            )
+    return state

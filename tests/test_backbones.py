@@ -1,13 +1,17 @@
 """Encoders: taps, normalisation, BatchNorm policy, and weight files of every kind."""
 
+import hashlib
 import urllib.error
+from pathlib import Path
 
 import pytest
+import recipe
 import torch
+from torch import nn
 
-from common import backbones
-from common.backbones import BACKBONES, backbone
-from common.runtime import UserError
+from common import backbones, published
+from common.backbones import BACKBONES, backbone, read_weights
+from common.runtime import UserError, load_state
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -116,19 +120,17 @@ def test_without_network_the_sentence_says_what_to_fetch_and_where(tmp_path, mon
         backbone("resnet50")
 
 
-def test_a_damaged_download_is_refused_and_a_digest_is_recorded(tmp_path, monkeypatch):
+def test_a_file_of_another_digest_is_refused(tmp_path):
     path = tmp_path / "w.pth"
     path.write_bytes(b"weights")
-    full = backbones.sha256(path)
-    with pytest.raises(UserError, match="is damaged or is another file"):
-        backbones.check_digest(path, "sha256:00000000")
-    with pytest.raises(UserError, match="md5"):
-        backbones.check_digest(path, "md5:00000000")
-    backbones.check_digest(path, "sha256:" + full[:8])
-    assert (tmp_path / "w.pth.sha256").read_text() == full
-    (tmp_path / "w.pth.sha256").write_text("0" * 64)  # recorded earlier: other
-    with pytest.raises(UserError, match="w.pth.sha256"):
-        backbones.check_digest(path, "sha256:" + full[:8])
+    sha = "9a129038"  # printf weights | sha256sum
+    md5 = "63f4f1e9"  # printf weights | md5sum
+    backbones.check_digest(path, f"sha256:{sha}")
+    backbones.check_digest(path, f"md5:{md5}")
+    for kind, found in (("sha256", sha), ("md5", md5)):
+        with pytest.raises(UserError, match=f"{kind} {found}, expected 00000000.*delete it"):
+            backbones.check_digest(path, f"{kind}:00000000")
+    assert [file.name for file in tmp_path.iterdir()] == ["w.pth"]
 
 
 def test_parameter_counts_are_torchvision_s_without_classifier():
@@ -139,3 +141,153 @@ def test_parameter_counts_are_torchvision_s_without_classifier():
     assert count("vgg16") == 138_357_544 - 123_642_856
     assert count("mobilenet_v2") == 3_504_872 - 1_281_000
     assert count("tiny") < 1_000_000
+
+
+# ---- What a state dict may hold ------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "state, reason",
+    [
+        ({"a": {"b": torch.zeros(1)}}, "holds a dict called a among its tensors"),
+        ({"a": torch.zeros(1), "epoch": 3}, "holds a int called epoch"),
+        ({"state_dict": [1, 2]}, "holds no state dict"),
+        ({"state_dict": {1: torch.zeros(1)}}, "holds no state dict"),
+        ({"a": torch.zeros(2, dtype=torch.int64)}, "a is a tensor of another kind.*int64"),
+        ({"a": torch.zeros(2).to_sparse()}, "sparse_coo float32"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
+        ({"a": torch.empty(2, device="meta")}, "meta strided float32"),
+        ({"num_batches_tracked": torch.zeros(2)}, None),
+        ({"bn.num_batches_tracked": torch.tensor(3), "a": torch.zeros(1).half()}, None),
+    ],
+)
+def test_a_state_dict_holds_floating_point_tensors_by_name(state, reason, tmp_path):
+    path = Path(save(tmp_path, state))
+    if reason is None:
+        assert list(read_weights(path)) == list(state)
+        return
+    with pytest.raises(UserError, match=f"{path}.*{reason}"):
+        read_weights(path)
+
+
+# ---- Names in the checkpoints of others ----------------------------------------------------------
+RELEASES = [
+    # function, keys of a released network, tensors that are used, digest of all pairs, samples
+    (
+        published.a2s_state,
+        "a2s_v1_stage2",
+        368,
+        "55687df9a8d7b495",
+        """
+        encoder.layer2.0.conv1.weight   encoder.layer2.0.conv1.weight
+        decoder.adapter2.0.weight       laterals.2.0.weight
+        decoder.region.res_conv1.weight region.attention.0.weight
+        decoder.local.gconv.1.weight    local.basis.1.weight
+        """,
+    ),
+    (
+        published.class_state,
+        "class_r50",
+        543,
+        "b96c8e46f7a5a25f",
+        """
+        res_layer1.0.conv3.weight       encoder.layer1.0.conv3.weight
+        extra_conv6.1.bias              bridge_high.3.1.1.bias
+        extra_conv11.0.weight           bridge.2.0.0.weight
+        extra_conv18.0.weight           refine.5.1.0.weight
+        supervision1.weight             heads.2.weight
+        supervision3.bias               heads.3.bias
+        PAM3.gamma                      position.3.alpha
+        PAM3.conv_low.bias              position.3.key.bias
+        CAM4.gamma                      channel.4.beta
+        fusion2.conv3.weight            fusion.2.gate.weight
+        decoder4_conv2.1.running_var    refine.4.1.1.running_var
+        """,
+    ),
+    (
+        published.unified_state,
+        "a2s_v3_midd",
+        378,
+        "e8c539b7cdf75dff",
+        """
+        trans_t.2.0.weight                 laterals.1.2.0.weight
+        decoder.global_info.b3.1.weight    global_info.pools.3.1.weight
+        decoder.global_info.ca.fus.2.bias  global_info.gate.mlp.2.bias
+        decoder.global_info.fus.1.bias     global_info.fuse.1.bias
+        decoder.gfb3_2.ca1.fus.0.bias      chains.1.2.gate_before.mlp.0.bias
+        decoder.gfb1_1.conv_curfeat.0.bias chains.0.0.level.0.bias
+        decoder.refine.ca.fus.0.weight     gate.mlp.0.weight
+        decoder.refine.score.bias          heads.0.bias
+        decoder.score_global.weight        heads.3.weight
+        """,
+    ),
+    (
+        published.unified_state,
+        "a2s_v3_sce",
+        30,
+        "71c48b1e2f23dac5",
+        """
+        adapter.ad0.0.weight        adapter.conv.weight
+        decoder.ad3.se.conv.weight  se4.gate.weight
+        decoder.fusion.ad0.0.weight se0.conv.weight
+        """,
+    ),
+]
+
+
+NAMES = "function, reference, count, digest, samples"
+
+
+@pytest.mark.parametrize(NAMES, RELEASES, ids=[row[1] for row in RELEASES])
+def test_every_tensor_of_a_release_has_a_name_of_ours(function, reference, count, digest, samples):
+    """The digest is that of the pairs by which the released networks were found to be equal."""
+    theirs = [key for key, _ in recipe.reference(reference)[0]["keys"]]
+    renamed = function({key: torch.tensor(number) for number, key in enumerate(theirs)})
+    names = {theirs[number]: ours for ours, number in renamed.items()}
+    samples = dict(line.split() for line in samples.strip().split("\n"))
+    assert {key: names[key] for key in samples} == samples
+    assert len(names) == count
+    pairs = "\n".join(f"{key} {names[key]}" for key in sorted(names))
+    assert hashlib.sha256(pairs.encode()).hexdigest()[:16] == digest
+
+
+def test_a_second_encoder_changes_the_name_of_the_first():
+    pair = {"encoder.conv1.weight": torch.zeros(1), "t_net.conv1.weight": torch.ones(1)}
+    assert list(published.unified_state(pair)) == [
+        "encoders.0.conv1.weight",
+        "encoders.1.conv1.weight",
+    ]
+    left_out = ("encoder.fc.bias", "t_net.fc.bias", "decoder.ad2.se.gn.weight", "squeeze1.0.bias")
+    state = {key: torch.zeros(1) for key in left_out}
+    assert list(published.unified_state(state)) == ["squeeze1.0.bias"]
+    assert published.class_state({"squeeze1.0.bias": torch.zeros(1)}) == {}
+
+
+@pytest.mark.parametrize("lost", ["query", "key", "value"])
+def test_a_key_without_its_twin_is_named(lost):
+    """Keys and values are two matrices of Hugging Face's and one, kv, of ours."""
+    whole = {}
+    for name in ("query", "key", "value"):
+        whole[f"encoder.block.1.0.attention.self.{name}.weight"] = torch.ones(2, 2)
+    attention = nn.ModuleDict({"q": nn.Linear(2, 2, False), "kv": nn.Linear(2, 4, False)})
+    prefix = "stages.1.blocks.0.attn."
+
+    def load(state):
+        ours = published.mit_state(state)
+        load_state(attention, {key.removeprefix(prefix): ours[key] for key in ours}, "w.pth")
+
+    load(whole)
+    assert (attention.kv.weight == 1).all()
+    del whole[f"encoder.block.1.0.attention.self.{lost}.weight"]
+    missing = "q" if lost == "query" else "kv"
+    with pytest.raises(UserError, match=rf"w.pth .*1 missing \({missing}.weight\)"):
+        load(whole)
+
+
+def test_matrices_that_do_not_fit_together_keep_their_names():
+    odd = {"backbone.layers.0.1.0.attn.attn.in_proj_bias": torch.zeros(4)}
+    assert list(published.mit_state(odd)) == ["stages.0.blocks.0.attn.in_proj_bias"]
+    place = "encoder.block.0.0.attention.self"
+    odd = {f"{place}.key.bias": torch.zeros(2), f"{place}.value.bias": torch.zeros(3)}
+    assert [key.rpartition("attn.")[2] for key in published.mit_state(odd)] == [
+        "key.bias",
+        "value.bias",
+    ]
