@@ -29,7 +29,7 @@ SEGMENTS = [
 def annotations(stems=("000000000009",)) -> dict:
     """The JSON of images that are all 4 wide and 3 high, with the segments above."""
     return {
-        "categories": CATEGORIES,
+        "categories": [*CATEGORIES],
         "images": [{"id": int(s), "file_name": f"{s}.jpg", "height": 3, "width": 4} for s in stems],
         "annotations": [
             {"image_id": int(s), "file_name": f"{s}.png", "segments_info": SEGMENTS} for s in stems
@@ -127,7 +127,7 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "annotations/panoptic_val2017").rmdir()
     assert "panoptic_val2017.zip" in error(Panoptic, tmp_path, "val2017")
     (tmp_path / "val2017/000000000009.jpg").unlink()
-    assert "none of the 1 photos" in error(Panoptic, tmp_path, "val2017")
+    assert "none of the photos" in error(Panoptic, tmp_path, "val2017")
 
 
 @pytest.mark.parametrize(
@@ -159,31 +159,107 @@ def test_a_broken_or_grey_png_is_refused(tmp_path):
 
 def test_a_photo_of_another_size_is_refused(tmp_path):
     scenes = Panoptic(make(tmp_path), "val2017")
-    Image.new("RGB", (3, 4)).save(tmp_path / "val2017/000000000009.jpg")
-    text = error(scenes.__getitem__, 0)
-    assert "000000000009.jpg is 3 x 4" in text and "4 x 3" in text
+    path = tmp_path / "val2017/000000000009.jpg"
+    Image.new("RGB", (3, 4)).save(path)
+    for call in (scenes.__getitem__, scenes.labels):  # also where the photo itself is not read
+        text = error(call, 0)
+        assert "000000000009.jpg is 3 x 4" in text and "4 x 3" in text
+    path.write_bytes(b"no photo")
+    assert "000000000009.jpg" in error(scenes.labels, 0)
+
+    turned = Image.Exif()
+    turned[0x0112] = 6  # lies on its side: 4 x 3 when it is shown
+    Image.new("RGB", (3, 4)).save(path, exif=turned)
+    assert scenes[0]["image"].shape == (3, 3, 4)
 
 
-def test_a_malformed_json_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "is not readable JSON"),
+        (b"{", "is not readable JSON"),
+        (b"[" * 100_000, "is not readable JSON"),
+        (b"\xff\xfe\xfa", "is not readable JSON"),
+        (json.dumps(annotations()).encode()[:-60], "is not readable JSON"),
+        (b"[]", "does not hold panoptic annotations"),
+        (b"null", "does not hold panoptic annotations"),
+        (b'{"images": []}', "('categories' is missing)"),
+    ],
+)
+def test_a_broken_json_is_refused(tmp_path, content, said):
     make(tmp_path)
     path = tmp_path / "annotations/panoptic_val2017.json"
-    for text in (
-        "",
-        "{",
-        "[]",
-        "null",
-        '{"images": []}',
-        "[" * 100_000,
-        json.dumps(annotations() | {"annotations": [{"image_id": 1}]}),
-        json.dumps(annotations() | {"categories": [{"id": 1, "name": "cat"}]}),
-    ):
-        path.write_text(text)
-        assert "does not hold panoptic annotations" in error(Panoptic, tmp_path, "val2017")
-    for segment in ({}, SEGMENTS[0] | {"category_id": 99}, SEGMENTS[0] | {"bbox": None}, 3):
+    path.write_bytes(content)
+    text = error(Panoptic, tmp_path, "val2017")
+    assert said in text and str(path) in text
+
+
+@pytest.mark.parametrize(
+    "part, change, said",
+    [
+        ("annotations", {"image_id": 2}, "(2 is missing)"),
+        ("annotations", {"file_name": None}, "None is not a name"),
+        ("annotations", {"segments_info": 3}, "segments of 000000000009.jpg are malformed"),
+        ("images", {"height": 0}, "the size of 000000000009.jpg is 4 x 0"),
+        ("images", {"width": "4"}, "the size of 000000000009.jpg is 4 x 3"),
+        ("images", {"file_name": 9}, "9 is not a name"),
+        ("categories", {"name": None}, "None is not a name"),
+    ],
+)
+def test_a_malformed_entry_is_named(tmp_path, part, change, said):
+    content = annotations()
+    content[part][0] = content[part][0] | change
+    make(tmp_path)
+    (tmp_path / "annotations/panoptic_val2017.json").write_text(json.dumps(content))
+    assert said in error(Panoptic, tmp_path, "val2017")
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"bbox": [1, 1, 2]}, "bbox [1, 1, 2] is not four numbers of at least 0"),
+        ({"bbox": [1, 1, 2, 2, 2]}, "bbox [1, 1, 2, 2, 2] is not four"),
+        ({"bbox": [1, -1, 2, 2]}, "bbox [1, -1, 2, 2] is not four"),
+        ({"bbox": [1, float("nan"), 2, 2]}, "bbox [1, nan, 2, 2] is not four"),
+        ({"bbox": "1122"}, "bbox '1122' is not four"),
+        ({"bbox": None}, "bbox None is not four"),
+        ({"area": "3"}, "area '3' is not a number of at least 0"),
+        ({"area": 10**400}, "is not a number of at least 0"),
+        ({"area": True}, "area True is not a number of at least 0"),
+        ({"id": 0}, "id 0 is not a whole number from 1 to 16777215"),
+        ({"id": 2**24}, "id 16777216 is not a whole number from 1 to 16777215"),
+        ({"id": 5.0}, "id 5.0 is not a whole number"),
+        ({"id": 5}, "two segments have one id"),
+        ({"category_id": 99}, "category_id 99 is none of the file's categories"),
+    ],
+)
+def test_a_malformed_segment_is_named(tmp_path, change, said):
+    """Before any scene is read; what is wrong stands in the sentence, beside the photo's name."""
+    content = annotations()
+    content["annotations"][0]["segments_info"] = [SEGMENTS[0] | change, *SEGMENTS[1:]]
+    make(tmp_path)
+    (tmp_path / "annotations/panoptic_val2017.json").write_text(json.dumps(content))
+    text = error(Panoptic, tmp_path, "val2017")
+    assert said in text and "the segments of 000000000009.jpg are malformed" in text
+    (tmp_path / "val2017/000000000009.jpg").unlink()  # an image that is not used may be malformed
+    assert "none of the photos" in error(Panoptic, tmp_path, "val2017")
+
+
+def test_a_segment_without_one_of_its_keys_is_named(tmp_path):
+    make(tmp_path)
+    for key in SEGMENTS[0]:
         content = annotations()
-        content["annotations"][0]["segments_info"] = [segment]
-        path.write_text(json.dumps(content))
-        assert "000000000009 is malformed" in error(Panoptic(tmp_path, "val2017").segments, 0)
+        lacking = {name: value for name, value in SEGMENTS[0].items() if name != key}
+        content["annotations"][0]["segments_info"] = [lacking]
+        (tmp_path / "annotations/panoptic_val2017.json").write_text(json.dumps(content))
+        assert f"('{key}' is missing)" in error(Panoptic, tmp_path, "val2017")
+
+
+def test_a_photo_listed_twice_is_refused(tmp_path):
+    content = annotations()
+    content["annotations"] *= 2
+    make(tmp_path, content)
+    assert "a photo is listed twice" in error(Panoptic, tmp_path, "val2017")
 
 
 @pytest.mark.parametrize("where, key", [("images", "file_name"), ("annotations", "file_name")])
@@ -193,7 +269,7 @@ def test_file_names_cannot_leave_their_folder(tmp_path, where, key):
         content[where][0][key] = name
         make(tmp_path)
         (tmp_path / "annotations/panoptic_val2017.json").write_text(json.dumps(content))
-        assert "outside of their folder" in error(Panoptic, tmp_path, "val2017")
+        assert "outside of its folder" in error(Panoptic, tmp_path, "val2017")
 
 
 # ---- The real size ---------------------------------------------------------------------------
