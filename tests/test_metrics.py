@@ -8,14 +8,12 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.curves import write_curves
 from common.datasets import load_grey
 from common.metrics import (
     NAMES,
@@ -519,41 +517,6 @@ def test_the_best_of_each_column_is_bold():
     assert "**" not in table(rivals, "markdown")  # rows may be data sets
 
 
-def curve(value):
-    return {name: torch.full((256,), value) for name in ("precision", "recall", "F", "E")}
-
-
-def test_curves_are_drawn_where_they_belong(tmp_path):
-    """Axes of 300 pixels, from the tenth below all points, here 0.4, to 1: a tenth is 50 pixels."""
-    low = curve(0.45) | {"recall": torch.linspace(0, 1, 256)}
-    rows = {"a & b": low} | {f"row {i}": curve(1.0) for i in range(8)}
-    write_curves(tmp_path / "c.svg", rows)
-    root = ElementTree.parse(tmp_path / "c.svg").getroot()
-    lines = [
-        line
-        for line in root.iter("{http://www.w3.org/2000/svg}polyline")
-        if line.get("points").count(",") == 256
-    ]
-    assert len(lines) == 3 * 9
-    for line, left in zip(lines[::9], (45, 405, 765)):
-        points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
-        assert {y for _, y in points} == {18 + 300 - 0.5 * 50}
-        assert sorted({x for x, _ in points})[::255] == [left, left + 300]
-    assert {line.get("points").split(",")[1].split()[0] for line in lines[1:9]} == {"18.0"}
-    assert len({(line.get("stroke"), line.get("stroke-dasharray")) for line in lines}) == 9
-    assert "a & b" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-
-
-def test_curves_as_numbers(folders, tmp_path):
-    main([*map(str, folders), "--no-wf", "--curves", str(tmp_path / "c.csv")])
-    with open(tmp_path / "c.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    expected = evaluate_folders(*folders, wf=False)[0].curves()
-    assert [float(row["threshold"]) for row in rows] == [i / 255 for i in range(255, -1, -1)]
-    for name, values in expected.items():
-        assert [float(row[name]) for row in rows] == values.tolist()
-
-
 # ---- Folders ---------------------------------------------------------------------------------
 KINDS = ("soft", "two", "binary")
 
@@ -594,6 +557,16 @@ def test_folders_and_files(folders, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "mask > 128, stretched, resize bilinear, empty masks keep" in shown
     assert f"{average[0]:.3f}" in shown
+
+
+def test_curves_as_numbers(folders, tmp_path):
+    main([*map(str, folders), "--no-wf", "--curves", str(tmp_path / "c.csv")])
+    with open(tmp_path / "c.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = evaluate_folders(*folders, wf=False)[0].curves()
+    assert [float(row["threshold"]) for row in rows] == [i / 255 for i in range(255, -1, -1)]
+    for name, values in expected.items():
+        assert [float(row[name]) for row in rows] == values.tolist()
 
 
 def test_report_names_every_problem(folders, capsys):
