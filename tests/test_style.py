@@ -79,9 +79,11 @@ def test_importing_has_no_side_effects(tmp_path, path):
     assert not list(tmp_path.iterdir())
 
 
-def test_lists_of_stems_in_the_readme_are_in_the_repository():
-    readme = (ROOT / "README.md").read_text()
-    lists = set(re.findall(r"@([\w./-]+\d\.txt)", readme))
+def test_lists_of_stems_in_the_docs_are_in_the_repository():
+    pages = [ROOT / "README.md", ROOT / "data" / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "".join(page.read_text() for page in pages)
+    lists = set(re.findall(r"(?:@|LIST=|`)((?:data/splits/)?[\w-]+\d\.txt)", text))
+    lists = {name if "/" in name else f"data/splits/{name}" for name in lists}
     assert len(lists) > 3 and not [name for name in lists if not (ROOT / name).is_file()]
     stems = {
         name: {line for line in (ROOT / name).read_text().splitlines() if line[0] != "#"}

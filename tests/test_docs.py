@@ -1,0 +1,126 @@
+"""README, docs/ and the other pages: links lead somewhere, commands and flags exist, code runs."""
+
+import functools
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import a2s
+from common.backbones import Pyramid
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = ("a2s", "class_net", "unified_usod", "sdg_sod")
+FOREIGN = {"--index-url", "--nproc_per_node", "--olr"}  # of pip, torchrun, the released code
+
+
+def each(pages):
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@functools.cache
+def options(script):
+    """{'--data', ...}: the flags of a script."""
+    return set(importlib.import_module(script).build_parser()._option_string_actions)
+
+
+@functools.cache
+def other_options():
+    """The flags of everything else that can be run."""
+    files = [*ROOT.glob("common/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tests/*/*.py")]
+    return {flag for file in files for flag in re.findall(r'"(--[a-z][\w-]*)"', file.read_text())}
+
+
+def slugs(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def code(text):
+    """All that stands in backticks: inline code and fenced blocks."""
+    fenced = re.findall(r"```\w*\n(.*?)```", text, re.S)
+    return fenced + re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+
+
+def commands(text):
+    """The command lines of the fenced blocks, with variables replaced, without comments."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        values = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            for name, value in values.items():
+                line = line.replace(f"${name}", value)
+            if found := re.fullmatch(r"(\w+)=(\S+)", line):
+                values[found[1]] = found[2]
+            for part in line.split("&&"):
+                yield shlex.split(part, comments=True)
+
+
+@each([*PAGES, ROOT / "data" / "README.md"])
+def test_links_lead_to_files_and_headings(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        if not path.startswith("http"):
+            file = (page.parent / path) if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in slugs(file), target
+
+
+@each(PAGES)
+def test_pages_are_wrapped(page):
+    lines = page.read_text().splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 2500
+
+
+@each(PAGES)
+def test_flags_exist(page):
+    known = set.union(FOREIGN, other_options(), *map(options, SCRIPTS))
+    if page.stem in SCRIPTS:
+        known = FOREIGN | other_options() | options(page.stem)
+    used = {flag for part in code(page.read_text()) for flag in re.findall(r"--[a-z][\w-]*", part)}
+    assert used - known == set()
+
+
+@each(PAGES)
+def test_commands_of_fenced_blocks_are_understood(page):
+    for command in commands(page.read_text()):
+        script = next((word[:-3] for word in command if word[:-3] in SCRIPTS), None)
+        if script:
+            parser = importlib.import_module(script).build_parser()
+            parser.parse_args(command[command.index(f"{script}.py") + 1 :])
+
+
+@each(PAGES)
+def test_measured_tables_stand_between_markers(page):
+    marks = re.findall(r"<!-- (end|[^>]*?) -->", page.read_text())
+    assert marks[1::2] == ["end"] * (len(marks) // 2) and "end" not in marks[::2]
+
+
+def test_code_of_the_readme_runs():
+    loss, encoder = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {"F": F, "torch": torch, "Tensor": torch.Tensor, "iou_loss": a2s.iou_loss}
+    exec(loss, names)
+    y = torch.tensor([[[[0.0, 0.0]]]])
+    g = torch.tensor([[[[1.0, 0.0]]]])  # p = 0.5, 0.5: BCE log 2, IoU 0.5 / 1.5
+    expected = torch.tensor(2.0).log() + 1 - 1 / 3
+    torch.testing.assert_close(names["detector_loss"](y, g), expected)
+
+    names = {"Pyramid": Pyramid, "torchvision": torchvision}
+    exec(encoder.replace('"DEFAULT"', "None"), names)
+    net = names["EfficientNet"]().eval()
+    with torch.no_grad():
+        taps = net(torch.rand(1, 3, 64, 64))
+    shapes = [(channels, 64 // stride) for channels, stride in zip(net.channels, (2, 4, 8, 16, 32))]
+    assert [tuple(tap.shape[1:3]) for tap in taps] == shapes
+    a2s.ActivationNet(net)  # a method asks for no more
