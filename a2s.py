@@ -457,12 +457,8 @@ def make_net(stage: int, args: argparse.Namespace, weights: str | None) -> nn.Mo
 
 
 def rate(epoch: int, schedule: Schedule, decay: tuple[int, int], paper_epochs: int) -> float:
-    """Learning rate of an epoch (from 1): a tenth from each epoch of `decay` on.
-
-    These epochs are the paper's; fewer or more epochs squeeze or stretch them.
-    """
-    stretch = schedule.epochs / paper_epochs
-    drops = [at for at in decay if epoch >= at * stretch]
+    """Learning rate of an epoch (from 1): a tenth from each of the paper's epochs `decay` on."""
+    drops = [milestone for milestone in decay if schedule.reached(epoch, milestone, paper_epochs)]
     return schedule.lr * 0.1 ** len(drops)
 
 
@@ -548,7 +544,8 @@ def train_detector(
     for epoch in run.epochs():
         lr = rate(epoch, schedule, (15, 20), PAPER["stage2"].epochs)  # Sec. IV-A
         set_rate(optimiser, lr)
-        rectifying = rectify != "off" and epoch > 2  # before, lambda is 1
+        # For the first two of the paper's 25 epochs lambda is 1: labels stay as they are.
+        rectifying = rectify != "off" and schedule.reached(epoch, 3, PAPER["stage2"].epochs)
         for index, flip in run.batches(flips="once" if released else "anew"):  # D6
             image = bank.images(index, flip)  # [B, 3, S, S]
             g = labels.read(index, flip)  # [B, 1, S, S]

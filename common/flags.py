@@ -31,6 +31,15 @@ class Schedule(NamedTuple):
     epochs: int
     lr: float
 
+    def reached(self, epoch: int, milestone: int, paper_epochs: int) -> bool:
+        """Whether `epoch` is as late in this run as epoch `milestone` is in the paper's.
+
+        Both count from 1. What is compared is the share of the run that lies before an epoch, so a
+        change that the paper makes after 14 of 25 epochs comes after 4 of 6, and at the paper's
+        length exactly at its milestone.
+        """
+        return (epoch - 1) * paper_epochs >= (milestone - 1) * self.epochs
+
 
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""

@@ -1,13 +1,13 @@
 """a2s.py by hand: losses, boundaries, thresholds, schedules against numbers worked out on paper."""
 
 import math
-from argparse import Namespace
 
 import pytest
 import torch
 
 import a2s
 from common.backbones import backbone
+from common.flags import Schedule
 from common.runtime import World, generator
 
 
@@ -76,7 +76,7 @@ def test_sign_takes_the_smaller_side_for_the_object():
 
 def test_otsu_against_brute_force():
     m = torch.rand(3, 1, 6, 5, generator=torch.Generator().manual_seed(0)) ** 2
-    for image, found in zip(m, a2s.otsu(m)):
+    for image, found in zip(m, a2s.otsu_threshold(m)):
         x = image.flatten().double()
 
         def v(t):
@@ -166,27 +166,43 @@ def test_keep_mask_has_mean_one_and_is_shared_between_processes():
     assert (a2s.keep_mask(theta, 0.0, World(), generator("cpu", 0)) == 1).all()
 
 
-def flags(**given) -> Namespace:
-    args = a2s.build_parser().parse_args(["--data", "x"])
-    for name, value in given.items():
-        setattr(args, name, value)
-    a2s.fill_defaults(args)
-    return args
+def test_keep_mask_keeps_all_where_chance_drops_all():
+    """One photo at 32 pixels has one pixel in F5: half of the draws would leave 0 / 0."""
+    random = generator("cpu", 0)
+    theta = torch.zeros(1, 1, 1, 1)
+    assert all(a2s.keep_mask(theta, 0.5, World(), random).item() == 1 for _ in range(50))
+    theta = torch.zeros(1, 1, 2, 2)
+    for _ in range(500):
+        assert a2s.keep_mask(theta, 0.9, World(), random).mean().item() == pytest.approx(1)
 
 
-def test_schedule_of_paper_and_released_code():
-    args = flags()
-    assert [a2s.rate(1, e, args) for e in (1, 9, 10, 15, 16, 20)] == pytest.approx(
-        [1, 1, 0.1, 0.1, 0.01, 0.01]
-    )
-    assert [a2s.rate(2, e, args) for e in (1, 14, 15, 19, 20, 25)] == pytest.approx(
-        [5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5]
-    )
-    args.released = True  # D1
-    assert [a2s.rate(1, e, args) for e in (11, 12, 15, 16)] == pytest.approx([1, 0.1, 0.1, 0.01])
-    assert [a2s.rate(1, e, flags(epochs=10)) for e in (4, 5, 7, 8)] == pytest.approx(
-        [1, 0.1, 0.1, 0.01]
-    )  # squeezed
+def test_rate_of_paper_and_released_code():
+    stage1, stage2 = a2s.PAPER["stage1"], a2s.PAPER["stage2"]
+    rates = [a2s.rate(e, stage1, (10, 16), 20) for e in (1, 9, 10, 15, 16, 20)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    rates = [a2s.rate(e, stage2, (15, 20), 25) for e in (1, 14, 15, 19, 20, 25)]
+    assert rates == pytest.approx([5e-3, 5e-3, 5e-4, 5e-4, 5e-5, 5e-5])
+    rates = [a2s.rate(e, stage1, (12, 16), 20) for e in (11, 12, 15, 16)]  # D1
+    assert rates == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_other_lengths_keep_the_fractions_of_the_paper_s_run():
+    """Stage 2 of 25 epochs: 14 at the full rate, 5 at a tenth, 6 at a hundredth; OLR after 2."""
+
+    def rates(epochs: int) -> list[float]:
+        schedule = Schedule(epochs, 1.0)
+        return [a2s.rate(e, schedule, (15, 20), 25) for e in range(1, epochs + 1)]
+
+    assert rates(1) == [1]
+    assert rates(3) == pytest.approx([1, 1, 0.1])
+    assert rates(6) == pytest.approx([1, 1, 1, 1, 0.1, 0.01])
+    assert rates(50) == pytest.approx([1] * 28 + [0.1] * 10 + [0.01] * 12)
+    starts = {}
+    for epochs in (3, 6, 13, 25, 50):
+        schedule = Schedule(epochs, 1.0)
+        olr = [e for e in range(1, epochs + 1) if schedule.reached(e, 3, 25)]
+        starts[epochs] = olr[0]
+    assert starts == {3: 2, 6: 2, 13: 3, 25: 3, 50: 5}
 
 
 def test_pseudo_label_is_binary_crisp_and_follows_the_image():
@@ -197,7 +213,7 @@ def test_pseudo_label_is_binary_crisp_and_follows_the_image():
     theta = 3 - ((yy - 29).abs().maximum((xx - 29).abs()))[None, None] / 4  # off by three pixels
     truth = image[:, :1] > 0.5
     for unary in ("soft", "hard"):
-        label = a2s.refine(image, theta, flags(unary=unary))
+        label = a2s.refine(image, theta, sxy=50, srgb=5, unary=unary)
         assert set(label.unique().tolist()) == {0.0, 1.0}
         assert (label > 0.5).logical_xor(truth).float().mean() < 0.01  # corners, by the median
         assert (theta > 0).logical_xor(truth).float().mean() > 0.04
@@ -208,5 +224,5 @@ def test_released_post_processing_cuts_in_the_middle_of_the_range():
     image = torch.full((1, 3, 32, 32), 0.2)
     image[..., 8:24, 8:24] = 0.8
     theta = torch.where(image[:, :1] > 0.5, 4.0, 1.0)
-    assert a2s.refine(image, theta, flags(unary="hard")).mean() == 1
-    assert 0.2 < a2s.refine(image, theta, flags(released=True)).mean() < 0.3
+    assert a2s.refine(image, theta, sxy=50, srgb=5, unary="hard").mean() == 1
+    assert 0.2 < a2s.refine(image, theta, sxy=50, srgb=5, released=True).mean() < 0.3

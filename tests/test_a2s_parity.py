@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import a2s
 from common.backbones import backbone
+from common.published import a2s_state
 from common.runtime import load_state
 
 
@@ -17,7 +18,7 @@ def filled(name: str, net: torch.nn.Module, encoder_fc: bool = True) -> torch.nn
     if not encoder_fc:  # one row of ones: the column sum is exactly 1, so D4 changes nothing
         state["encoder.fc.weight"] = torch.zeros_like(state["encoder.fc.weight"])
         state["encoder.fc.weight"][0] = 1
-    load_state(net, a2s.from_released(state), name)  # strict: every key is accounted for
+    load_state(net, a2s_state(state), name)  # strict: every key is accounted for
     return net.eval()
 
 
@@ -45,7 +46,7 @@ def test_the_paper_s_stage_1_equals_the_released_one_without_d4(photos):
         if not key.startswith("encoder.fc.")
     }
     net = a2s.ActivationNet(backbone("resnet50", "none"))
-    load_state(net, a2s.from_released(state), "recipe")
+    load_state(net, a2s_state(state), "recipe")
     assert recipe.error("a2s_v1_stage1", "nofc_final", net.eval()(photos)[0]) < 2e-5
 
 
