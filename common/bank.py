@@ -9,18 +9,22 @@ With parts=("image", "mask") the bank holds masks too, and `bank.masks(index, fl
 `MapBank` holds one map per image (a pseudo label) and can be written to: a map that was read
 flipped is written back un-flipped, so labels stay aligned with their photo whatever the flips.
 
-A bank that does not fit into half of the free memory becomes a memory-mapped file with the same
-interface. The order of samples and the flips depend on (seed, epoch) alone, not on the number of
-processes or workers, so a resumed run sees what an undisturbed one would have seen.
+A bank that does not fit into half of the available memory becomes a memory-mapped file with the
+same interface. The order of samples and the flips depend on (seed, epoch) alone, not on the number
+of processes or workers, so a resumed run sees what an undisturbed one would have seen.
 """
 
 import math
+import mmap
 import os
+import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
@@ -28,32 +32,8 @@ from torchvision.transforms.v2 import functional as TF
 from common.runtime import UserError, World, generator, parallel_map, progress, say
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes on `device`, those that PyTorch keeps from an earlier stage included."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return 8 << 30
-
-
-def storage(
-    shape: tuple[int, ...], device: torch.device, file: Path, budget: int | None
-) -> torch.Tensor:
-    """An uninitialised uint8 tensor on `device`, or on the disk if it is larger than `budget` bytes
-    (default: half of the free memory)."""
-    size = torch.Size(shape).numel()
-    if size <= (free_memory(device) // 2 if budget is None else budget):
-        return torch.empty(shape, dtype=torch.uint8, device=device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file = file.with_suffix(f".{os.environ.get('RANK', 0)}{file.suffix}")  # one for each process
-    say(f"{size / 1e9:.1f} GB do not fit into memory: streaming from {file}")
-    return torch.from_file(str(file), shared=True, size=size, dtype=torch.uint8).view(shape)
-
-
-def unit(pixels: torch.Tensor, flip: torch.Tensor, device: torch.device) -> torch.Tensor:
+# ---- Pictures and labels -------------------------------------------------------------------------
+def unit(pixels: Tensor, flip: Tensor, device: torch.device) -> Tensor:
     """uint8 [B, C, H, W] to float in [0, 1] on `device`, the rows marked in `flip` [B] mirrored."""
     pixels = pixels.to(device, non_blocking=True).float() / 255
     flip = flip.to(device, non_blocking=True).view(-1, 1, 1, 1)
@@ -77,18 +57,21 @@ class Bank:
         budget: int | None = None,
         parts: tuple[str, ...] = ("image",),
     ):
-        self.device, self.names, count = device, dataset.names, len(dataset)
+        self.device = device
+        self.names = dataset.names
+        count = len(dataset)
         shapes = {part: (count, self.CHANNELS[part], size, size) for part in parts}
-        budget = free_memory(device) // 2 if budget is None else budget
+        if budget is None:
+            budget = free_memory(device) // 2
         if sum(map(math.prod, shapes.values())) > budget:
             budget = 0  # all parts go to the disk
-        self.pixels = {
-            part: storage(shape, device, Path(folder, f"{part}.u8"), budget)
-            for part, shape in shapes.items()
-        }
-        self.has = {part: torch.ones(count, dtype=torch.bool) for part in parts}
+        self.pixels = {}
+        self.has = {}
+        for part, shape in shapes.items():
+            self.pixels[part] = storage(shape, device, folder, budget)
+            self.has[part] = torch.ones(count, dtype=torch.bool)
 
-        def load(i: int) -> list[torch.Tensor | None]:
+        def load(i: int) -> list[Tensor | None]:
             sample = dataset[i]
             return [resize(sample[part], size) for part in parts]
 
@@ -101,19 +84,18 @@ class Bank:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(
-        self, part: str, index: torch.Tensor, flip: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, part: str, index: Tensor, flip: Tensor | None = None) -> Tensor:
         """index [B] (CPU), flip bool [B] -> float [B, C, size, size] in [0, 1] on the device."""
-        flip = torch.zeros(len(index), dtype=torch.bool) if flip is None else flip
+        if flip is None:
+            flip = torch.zeros(len(index), dtype=torch.bool)
         pixels = self.pixels[part]
         return unit(pixels[index.to(pixels.device, non_blocking=True)], flip, self.device)
 
-    def images(self, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+    def images(self, index: Tensor, flip: Tensor | None = None) -> Tensor:
         """`read` the images: [B, 3, size, size]."""
         return self.read("image", index, flip)
 
-    def masks(self, index: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+    def masks(self, index: Tensor, flip: Tensor | None = None) -> Tensor:
         """`read` the masks: [B, 1, size, size], grey where the resized mask has an edge."""
         return self.read("mask", index, flip)
 
@@ -126,7 +108,7 @@ class MapBank:
 
     def __init__(
         self,
-        load: Callable[[int], torch.Tensor],
+        load: Callable[[int], Tensor],
         count: int,
         size: int,
         device: torch.device,
@@ -135,68 +117,74 @@ class MapBank:
     ):
         self.device = device
         self.changed = False  # whether maps were written since they were last saved
-        self.pixels = storage((count, 1, size, size), device, Path(folder, "maps.u8"), budget)
+        self.pixels = storage((count, 1, size, size), device, folder, budget)
         maps = parallel_map(lambda i: resize(load(i), size), range(count))
         for i, label in enumerate(progress(maps, "read labels", count)):
             self.pixels[i] = label
 
-    def read(self, index: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    def read(self, index: Tensor, flip: Tensor) -> Tensor:
         """index [B], flip [B] -> float [B, 1, size, size] in [0, 1], mirrored where `flip`."""
         pixels = self.pixels[index.to(self.pixels.device, non_blocking=True)]
         return unit(pixels, flip, self.device)
 
-    def write(self, index: torch.Tensor, flip: torch.Tensor, maps: torch.Tensor) -> None:
+    def write(self, index: Tensor, flip: Tensor, maps: Tensor) -> None:
         """Store `maps` as `read` gave them: mirrored ones are turned back first."""
         self.changed = True
         flip = flip.to(maps.device, non_blocking=True).view(-1, 1, 1, 1)
         maps = (torch.where(flip, maps.flip(3), maps) * 255 + 0.5).byte()
         self.pixels[index.to(self.pixels.device, non_blocking=True)] = maps.to(self.pixels.device)
 
-    def share(self, order: torch.Tensor, batch: int, world: World) -> None:
+    def share(self, order: Tensor, batch: int, world: World) -> None:
         """After an epoch over `order`: give every process the maps that the others wrote."""
         if world.size == 1:
             return
+        self.changed = True
         owner = torch.zeros(len(self.pixels), dtype=torch.long)  # rank 0 keeps untouched maps
         owner[order] = torch.arange(len(order)) % batch // (batch // world.size)
-        for rows in torch.arange(len(owner)).split(1024):  # the bank may lie on the disk
+
+        # Every map is 0 in all processes but its owner's, so that their sum is the owner's map. In
+        # parts, since the bank may lie on the disk.
+        for rows in torch.arange(len(owner)).split(1024):
             part = self.pixels[rows[0] : rows[-1] + 1].to(self.device)
             part[(owner[rows] != world.rank).to(self.device)] = 0
             dist.all_reduce(part)
             self.pixels[rows[0] : rows[-1] + 1] = part.to(self.pixels.device)
 
 
-def resize(pixels: torch.Tensor | None, size: int) -> torch.Tensor | None:
+def resize(pixels: Tensor | None, size: int) -> Tensor | None:
     """uint8 [C, H, W] -> [C, size, size]; None stays None."""
     return None if pixels is None else TF.resize(pixels, [size, size], antialias=True)
 
 
-def draw_crops(count: int, share: float, random: torch.Generator) -> torch.Tensor:
+# ---- Crops ---------------------------------------------------------------------------------------
+def draw_crops(count: int, share: float, random: torch.Generator) -> Tensor:
     """Boxes [B, 4] (left, top, right, bottom) in [0, 1], without up to `share` of each axis."""
     cut = torch.rand(count, 2, generator=random) * share
     start = torch.rand(count, 2, generator=random) * cut
     return torch.cat([start, start + 1 - cut], 1)
 
 
-def crop(x: torch.Tensor, box: torch.Tensor, side: int | None = None) -> torch.Tensor:
-    """What lies in the boxes [B, 4] (see `draw_crops`; on the CPU) of [B, C, h, w], bilinear, at
-    h x w, or at side x side."""
+def crop(x: Tensor, box: Tensor, side: int | None = None) -> Tensor:
+    """What lies in the boxes of [B, C, h, w], bilinear, at h x w, or at side x side.
+
+    box: [B, 4] on the CPU, see `draw_crops`.
+    """
     h, w = x.shape[2:]
     rows = torch.arange(len(box))[:, None]
     rois = torch.cat([rows, box * torch.tensor([w, h, w, h])], 1)  # [B, 5]
-    return roi_align(
-        x,
-        rois.to(x.device, non_blocking=True),
-        (side or h, side or w),
-        sampling_ratio=1,
-        aligned=True,
-    )
+    rois = rois.to(x.device, non_blocking=True)
+    return roi_align(x, rois, (side or h, side or w), sampling_ratio=1, aligned=True)
 
 
+# ---- The order of an epoch -----------------------------------------------------------------------
 def epoch_order(
     count: int, batch: int, seed: int, epoch: int, world: World = World()
-) -> tuple[torch.Tensor, int]:
-    """(samples of an epoch in order [steps * batch], batch). The last incomplete batch is dropped;
-    a set smaller than a batch is one batch, as far as the processes can share it evenly."""
+) -> tuple[Tensor, int]:
+    """(samples of an epoch in order [steps * batch], batch).
+
+    The last incomplete batch is dropped; a set smaller than a batch is one batch, as far as the
+    processes can share it evenly. Raises `UserError` for fewer samples than processes.
+    """
     batch = min(batch, count // world.size * world.size)
     if batch == 0:
         raise UserError(f"{count} image(s) cannot be shared by {world.size} processes")
@@ -205,23 +193,115 @@ def epoch_order(
 
 
 def batches(
-    order: torch.Tensor,
+    order: Tensor,
     batch: int,
     seed: int,
     epoch: int,
     world: World = World(),
     flips: str = "anew",
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (index [b], flip [b]) for every step; `batch` is global, b = batch / world.size.
 
     flips: "anew" draws a sample's flip in every epoch, "once" keeps the first one for all epochs.
     """
-    # one number per sample, also for those that this epoch dropped: fewer than a batch
-    draw = torch.rand(
-        len(order) + batch,
-        generator=generator("cpu", seed, "flip", 0 if flips == "once" else epoch),
-    )
+    # One number per sample, also for those that this epoch dropped, which are fewer than a batch.
+    drawn_in = 0 if flips == "once" else epoch
+    draw = torch.rand(len(order) + batch, generator=generator("cpu", seed, "flip", drawn_in))
+
     share = batch // world.size
     for whole in order.split(batch):
         index = whole[world.rank * share :][:share]
         yield index, draw[index] < 0.5
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+CGROUPS = (  # of both versions: folder; files with a container's limit and use; what is cache of it
+    ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be used on `device`, those that PyTorch keeps from before included."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return available_memory()
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still use: what the system has, or its container if that is less.
+
+    Available is more than free, for the system gives up its cache of files on demand: after a data
+    set was unpacked, 11.8 GB were free and 18.8 GB available. 8 GiB where nothing tells (Windows,
+    macOS). root: the folder of /proc and /sys.
+    """
+    available = number_in(root / "proc/meminfo", "MemAvailable:")
+    if available is None:
+        return 8 << 30
+    least = available * 1024
+    for place, limit, used, cache in CGROUPS:
+        for folder in control_groups(root, root / place):
+            allowed = number_in(folder / limit)
+            if allowed is not None:
+                taken = number_in(folder / used) or 0
+                taken -= number_in(folder / "memory.stat", cache) or 0
+                least = min(least, max(0, allowed - taken))
+    return least
+
+
+def control_groups(root: Path, place: Path) -> set[Path]:
+    """The control groups below `place` that this process belongs to: its own and those above."""
+    folders = {place}
+    for line in text_of(root / "proc/self/cgroup").split("\n"):
+        path = line.rpartition(":")[2]  # "4:memory:/docker/5f3c"; "0::/docker/5f3c" in version 2
+        own = place / path.strip("/")
+        folders |= {own, *own.parents}
+    return folders
+
+
+def number_in(path: Path, name: str = "") -> int | None:
+    """The whole number that follows `name` at the start of a line of `path`; None without one."""
+    found = re.search(rf"^{name}\s*(\d+)", text_of(path), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def text_of(path: Path) -> str:
+    """The text of a file, "" if it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def storage(
+    shape: tuple[int, ...], device: torch.device, folder: Path, budget: int | None
+) -> Tensor:
+    """An uninitialised uint8 tensor on `device`, or on the disk if it is larger than `budget` bytes
+    (default: half of the available memory).
+
+    On the disk it is a file in `folder` without a name, which the system removes when the tensor
+    is gone or the process ends, however it ends. Raises `UserError` if the disk is full.
+    """
+    size = math.prod(shape)
+    if size <= (free_memory(device) // 2 if budget is None else budget):
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # a full disk is noticed now, not by a crash later
+                os.posix_fallocate(file.fileno(), 0, size)
+            pixels = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise UserError(
+            f"{size / 1e9:.1f} GB of pictures fit neither into memory nor into {folder} "
+            f"({error.strerror}); give --out on another disk, or lower --size"
+        ) from None
+    say(f"{size / 1e9:.1f} GB do not fit into memory: streaming from a file in {folder}")
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)

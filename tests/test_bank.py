@@ -1,12 +1,15 @@
 """The bank: samples stay aligned with their labels through flips, processes and interruptions."""
 
+import errno
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common.bank import Bank, MapBank, batches, epoch_order
-from common.runtime import World
+from common.bank import Bank, MapBank, available_memory, batches, epoch_order
+from common.runtime import UserError, World
 
 CPU = torch.device("cpu")
 
@@ -44,6 +47,17 @@ def test_a_map_read_flipped_and_written_flipped_stays_where_it_was():
     assert torch.equal(bank.pixels, before)
 
 
+def test_a_bank_knows_whether_maps_were_written():
+    bank = MapBank(maps, 6, 4, CPU)
+    index = torch.tensor([3])
+    flip = torch.tensor([True])
+    maps_read = bank.read(index, flip)
+    bank.share(index, 1, World())
+    assert not bank.changed
+    bank.write(index, flip, maps_read)
+    assert bank.changed
+
+
 def test_rectifying_equals_eq_14_by_hand_with_flips():
     """G := 0.4 G + 0.6 Y, where Y belongs to the flipped photo."""
     bank = MapBank(maps, 6, 4, CPU)
@@ -55,16 +69,85 @@ def test_rectifying_equals_eq_14_by_hand_with_flips():
     assert torch.equal(bank.pixels[1], maps(1))  # others untouched
 
 
-def test_too_large_a_bank_is_a_file_with_the_same_numbers(tmp_path):
-    bank, mapped = Bank(Ramps(), 4, CPU), Bank(Ramps(), 4, CPU, tmp_path, budget=100)
-    assert (tmp_path / "image.0.u8").stat().st_size == 6 * 3 * 4 * 4
-    index, flip = torch.arange(6), torch.arange(6) % 2 == 0
+# ---- Memory --------------------------------------------------------------------------------------
+def test_too_large_a_bank_is_a_file_with_the_same_numbers_that_nobody_has_to_delete(tmp_path):
+    bank = Bank(Ramps(), 4, CPU)
+    mapped = Bank(Ramps(), 4, CPU, tmp_path / "run", budget=100)
+    assert list((tmp_path / "run").iterdir()) == []
+    index = torch.arange(6)
+    flip = index % 2 == 0
     assert torch.equal(bank.images(index, flip), mapped.images(index, flip))
-    labels = MapBank(maps, 6, 4, CPU, tmp_path, budget=10)
-    labels.write(index, flip, torch.ones(6, 1, 4, 4))
-    assert labels.pixels.min() == 255 and (tmp_path / "maps.0.u8").read_bytes() == b"\xff" * 96
+    first = MapBank(maps, 6, 4, CPU, tmp_path, budget=10)
+    second = MapBank(maps, 6, 4, CPU, tmp_path, budget=10)
+    first.write(index, flip, torch.ones(6, 1, 4, 4))
+    assert first.pixels.min() == 255
+    assert torch.equal(second.pixels, MapBank(maps, 6, 4, CPU).pixels)  # another file
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which files are mapped")
+def test_a_streamed_bank_lies_on_the_disk(tmp_path):
+    mapped = Bank(Ramps(), 4, CPU, tmp_path, budget=100)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    del mapped
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("common.bank.os.posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=f"neither into memory nor into {tmp_path} .No space left"):
+        Bank(Ramps(), 4, CPU, tmp_path, budget=100)
+
+
+def system(root: Path, **files: str) -> Path:
+    """A tree with MemAvailable of 8 GB and the given files ("__" stands for "/")."""
+    files["proc__meminfo"] = "MemTotal: 16 kB\nMemFree: 10 kB\nMemAvailable:  8000000 kB\n"
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+GROUP_1 = "sys__fs__cgroup__memory__slurm__job__memory."
+GROUP_2 = "sys__fs__cgroup__memory."
+LIMITS = {
+    "no limit": ({}, 8_192_000_000),
+    "2, none": ({GROUP_2 + "max": "max\n", GROUP_2 + "current": "5000\n"}, 8_192_000_000),
+    "2": (
+        {
+            GROUP_2 + "max": "6000000000\n",
+            GROUP_2 + "current": "5000000000\n",
+            GROUP_2 + "stat": "anon 1\ninactive_file 4000000000\nactive_file 7\n",
+        },
+        5_000_000_000,
+    ),
+    "1, in a group": (
+        {
+            "proc__self__cgroup": "9:name=systemd:/\n4:memory:/slurm/job/step_0\n0::/\n",
+            GROUP_1 + "limit_in_bytes": "3000\n",
+            GROUP_1 + "usage_in_bytes": "2000\n",
+            GROUP_1 + "stat": "inactive_file 1\ntotal_inactive_file 500\n",
+        },
+        1500,
+    ),
+    "used up": ({GROUP_2 + "max": "10", GROUP_2 + "current": "11"}, 0),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_available_memory_is_what_the_system_or_the_container_leaves(name, tmp_path):
+    files, available = LIMITS[name]
+    assert available_memory(system(tmp_path, **files)) == available
+
+
+def test_without_proc_8_gib_are_assumed(tmp_path):
+    assert available_memory(tmp_path) == 8 << 30
+
+
+# ---- Order and flips -----------------------------------------------------------------------------
 def test_an_epoch_visits_each_sample_once_and_drops_the_last_incomplete_batch():
     order, batch = epoch_order(11, 4, seed=0, epoch=1)
     assert batch == 4 and len(order) == 8 and len(set(order.tolist())) == 8
@@ -127,7 +210,9 @@ def test_sharing_keeps_own_maps_and_takes_the_others(rank, monkeypatch):
         wires.calls.append(1)
 
     monkeypatch.setattr("common.bank.dist.all_reduce", all_reduce)
+    bank.changed = False
     bank.share(order, 4, World(rank, 2))
+    assert bank.changed
     assert wires.calls and bank.pixels[:, 0, 0, 0].tolist() == [0, 10, 102, 102, 51, 51]
 
 

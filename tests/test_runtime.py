@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import runtime
+from common import run, runtime
 from common.runtime import UserError
 
 
@@ -36,6 +36,20 @@ def test_parallel_map_uses_what_it_is_told_to_and_keeps_the_order():
         assert os.getpid() not in set(runtime.parallel_map(pid, range(3), True))
 
 
+def test_parallel_map_works_only_a_little_ahead_of_its_reader():
+    started = []
+    results = runtime.parallel_map(started.append, range(10_000))
+    for read in range(1, 6):
+        next(results)
+        assert read <= len(started) < 5000
+    results.close()
+    assert len(started) < 5000
+    failing = runtime.parallel_map(lambda i: 1 // (i - 7), range(1000))
+    assert [next(failing) for _ in range(7)] == [-1] * 7
+    with pytest.raises(ZeroDivisionError):
+        next(failing)
+
+
 class Terminal(io.StringIO):
     """What is written, and that it is a terminal."""
 
@@ -53,7 +67,8 @@ def test_the_last_progress_line_leaves_no_rest_of_those_before(monkeypatch):
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "a" / "last.pt"
-    runtime.save_checkpoint(path, method="m", stage=1)
+    content = {"method": "m", "stage": 1, "epoch": 2, "args": {}, "model": {}}
+    runtime.save_checkpoint(path, **content)
 
     def fail(part):
         part.write_text("half")
@@ -61,7 +76,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
 
     with pytest.raises(RuntimeError):
         runtime.write_atomic(path, fail)
-    assert runtime.load_checkpoint(path, "m") == {"method": "m", "stage": 1}
+    assert runtime.load_checkpoint(path, "m") == content
     assert os.listdir(path.parent) == ["last.pt"]
 
 
@@ -73,13 +88,16 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
 
 def test_checkpoints_of_others_are_refused_by_name(tmp_path):
     path = tmp_path / "last.pt"
-    runtime.save_checkpoint(path, method="class_net", stage=1)
+    runtime.save_checkpoint(path, method="class_net", stage=1, epoch=2, args={}, model={})
     with pytest.raises(UserError, match="class_net stage 1, not of a2s"):
         runtime.load_checkpoint(path, "a2s")
     with pytest.raises(UserError, match="not of class_net stage 2"):
         runtime.load_checkpoint(path, "class_net", 2)
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="not a checkpoint.*--backbone-weights"):
+        runtime.load_checkpoint(path, "a2s")
+    runtime.save_checkpoint(path, method="a2s", stage=1, epoch="2", args={})
+    with pytest.raises(UserError, match=r"damaged checkpoint \(epoch, model missing or of a wrong"):
         runtime.load_checkpoint(path, "a2s")
     path.write_bytes(b"PK half a zip")
     with pytest.raises(UserError, match="not a readable file of tensors"):
@@ -106,20 +124,20 @@ def test_load_state_accounts_for_every_key():
 
 
 def test_log_forgets_what_came_after_the_checkpoint(tmp_path, capsys):
-    log = runtime.Log(tmp_path, 4)
+    log = run.Log(tmp_path, 4)
     for epoch in (1, 2, 3):
-        log.epoch(epoch, 10, loss=float(epoch))
-    assert "epoch  3/4 | loss 3" in capsys.readouterr().out
-    runtime.Log(tmp_path, 4, done=2).epoch(3, 10, loss=30.0)
+        log.epoch(epoch, 10, 2.0, loss=float(epoch))
+    assert "epoch  3/4 | loss 3 | 5 img/s" in capsys.readouterr().out
+    run.Log(tmp_path, 4, done=2).epoch(3, 10, 2.0, loss=30.0)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["epoch"], r["loss"]) for r in records] == [(1, 1), (2, 2), (3, 30)]
-    runtime.Log(tmp_path, 4)  # a new run starts afresh
+    run.Log(tmp_path, 4)  # a new run starts afresh
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
 def test_a_line_that_a_crash_has_cut_is_forgotten(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3, "lo')
-    runtime.Log(tmp_path, 4, done=2)
+    run.Log(tmp_path, 4, done=2)
     assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
 
 
@@ -138,7 +156,7 @@ def test_shares_of_a_world_are_disjoint_and_complete():
 
 STATISTICS = """
 import torch
-from common import runtime
+from common import run, runtime
 
 def main():
     world = runtime.join_world(torch.device("cpu"))
