@@ -24,6 +24,11 @@ def conv(before: int, after: int, size: int = 1, dilation: int = 1) -> nn.Sequen
     return Conv2dNormActivation(before, after, size, dilation=dilation)
 
 
+def pooled(before: int, after: int, n: int) -> nn.Sequential:
+    """Means over n x n regions of the map, then `conv`."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(before, after))
+
+
 def resize(x: Tensor, like: Tensor) -> Tensor:
     """Bilinear, to the height and width of `like`."""
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
@@ -34,9 +39,12 @@ class Affinity(nn.Module):
 
     def __init__(self, before: int, after: int, n: int):
         super().__init__()
-        self.n, self.reduce, self.region = n, conv(before, after), conv(before, after)
+        self.n = n
+        self.reduce = conv(before, after)
+        self.region = conv(before, after)
         self.weigh = nn.Sequential(conv(after, after), nn.Conv2d(after, n * n, 1), nn.Sigmoid())
-        self.back, self.fuse = conv(after, after), conv(after, after)
+        self.back = conv(after, after)
+        self.fuse = conv(after, after)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, before, h, w] -> [B, after, h, w]"""
@@ -51,17 +59,22 @@ class NonLocal(nn.Module):
 
     def __init__(self, before: int, low: int, after: int):
         super().__init__()
-        self.q, self.kv = conv(before, 256), nn.ModuleList([conv(low, 256), nn.Conv2d(low, 256, 1)])
+        self.q = conv(before, 256)
+        self.kv = nn.ModuleList([conv(low, 256), nn.Conv2d(low, 256, 1)])
         self.fuse = conv(256 + before, after)
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
         """[B, before, h, w], [B, low, h', w'] -> [B, after, h, w]"""
-        k, v = (
-            torch.cat([F.adaptive_avg_pool2d(f(low), n).flatten(2) for n in (1, 3, 6, 8)], 2).mT
-            for f in self.kv
-        )  # [B, 110, 256]
-        context = F.scaled_dot_product_attention(self.q(x).flatten(2).mT, k, v).mT
+        k, v = (means_over_regions(project, low) for project in self.kv)  # [B, 110, 256]
+        q = self.q(x).flatten(2).mT  # [B, hw, 256]
+        context = F.scaled_dot_product_attention(q, k, v).mT  # [B, 256, hw]
         return self.fuse(torch.cat([context.unflatten(2, x.shape[2:]), x], 1))
+
+
+def means_over_regions(project: nn.Module, x: Tensor) -> Tensor:
+    """Means of the projected map over n x n regions, n = 1, 3, 6 and 8: [B, 110, C]"""
+    means = [F.adaptive_avg_pool2d(project(x), n).flatten(2) for n in (1, 3, 6, 8)]
+    return torch.cat(means, 2).mT
 
 
 class ContextDecoder(nn.Module):
@@ -69,19 +82,21 @@ class ContextDecoder(nn.Module):
 
     def __init__(self, kind: str, channels: tuple[int, ...], width: int):
         super().__init__()
-        self.kind, before = kind, sum(channels)
-        inner = {"ann": channels[3], "aspp": 5 * width}.get(kind, before + 4 * width)
+        self.kind = kind
+        before = sum(channels)
         if kind == "ann":
+            inner = channels[3]
             contexts = [NonLocal(inner, channels[2], inner), NonLocal(width, width, width)]
         elif kind == "apc":
+            inner = before + 4 * width
             contexts = [Affinity(before, width, n) for n in (1, 2, 3, 6)]
-        else:  # means over n x n regions; aspp has that of the whole map, and dilated convolutions
-            contexts = [
-                nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(before, width))
-                for n in ((1,) if kind == "aspp" else (1, 2, 3, 6))
-            ]
-        if kind == "aspp":
-            contexts += [conv(before, width, *shape) for shape in ((1,), (3, 12), (3, 24), (3, 36))]
+        elif kind == "aspp":  # the mean of the whole map, and dilated convolutions
+            inner = 5 * width
+            contexts = [pooled(before, width, 1), conv(before, width)]
+            contexts += [conv(before, width, 3, dilation) for dilation in (12, 24, 36)]
+        else:
+            inner = before + 4 * width
+            contexts = [pooled(before, width, n) for n in (1, 2, 3, 6)]
         self.contexts = nn.ModuleList(contexts)
         self.bottleneck = conv(inner, width, 3)
         self.predict = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(width, 1, 1))
@@ -92,6 +107,9 @@ class ContextDecoder(nn.Module):
             across, within = self.contexts
             x = self.bottleneck(across(features[3], features[2]))
             return self.predict(within(x, x))
+
         x = torch.cat([resize(f, features[1]) for f in features], 1)
         seen = [resize(context(x), x) for context in self.contexts]
-        return self.predict(self.bottleneck(torch.cat(seen + [x] * (self.kind != "aspp"), 1)))
+        if self.kind != "aspp":
+            seen.append(x)
+        return self.predict(self.bottleneck(torch.cat(seen, 1)))
