@@ -1,14 +1,15 @@
 r"""SDG-SOD: Semantic Distillation Guided Salient Object Detection: captions guide a transformer.
 
-Xu, Liu, Huang, Lu, Li, Guo: "Semantic Distillation Guided Salient Object Detection", 2022 (arXiv).
-No code was ever released. This is written from the paper and from what it builds on: SegFormer's
-encoder and decoder, VirTex's captioner, F3Net's loss.
+Xu, Liu, Huang, Lu, Li, Guo: "Semantic Distillation Guided Salient Object Detection", 2022
+(arXiv 2203.04076). No code was ever released. This is written from the paper and from what it
+builds on: SegFormer's encoder and decoder, VirTex's captioner, F3Net's loss.
 
 Whoever describes a photo names what is salient in it, and captions are cheaper than masks. So a
-captioner is trained on its own. Where its decoder looks while it writes a word is that word's map;
-the sum of a caption's maps, 7 x 7 numbers, multiplies the features of a saliency transformer at
-four scales (Eq. 3), which is then fine-tuned. Resizing is linear: instead of the sum of resized
-maps the resized sum is used, so 49 numbers per photo, computed once, are all that training needs.
+captioner is trained on its own. The cross-attention of its decoder while it writes a word is that
+word's map. The sum of a caption's maps, 7 x 7 numbers, multiplies the features of a saliency
+transformer at four scales (Eq. 3), which is then fine-tuned. Resizing is linear, so resizing the
+summed map is the same as summing resized maps. Training therefore needs 49 numbers per photo,
+computed once.
 
     image -> MiT -> F1 F2 F3 F4 -+-----> x --> xi --> + --> all-MLP decoder -> saliency logit
                                  +-------|------------+
@@ -18,86 +19,96 @@ maps the resized sum is used, so 49 numbers per photo, computed once, are all th
 
 Usage
     python sdg_sod.py                                   # built-in shapes, no download, minutes
-    python sdg_sod.py --data DUTS-TR --captions COCO-captions --encoder-weights mit_b3.pth
+    python sdg_sod.py --data DUTS-TR --captions COCO-captions --encoder-weights FILE
     python sdg_sod.py --stage sod --data COCO-SOD --epochs 30 --encoder-weights FILE --out coco
     python sdg_sod.py --data DUTS-TR --pretrained coco/sod/last.pt --out runs/sdg_sod-plus \
         --captioner runs/sdg_sod-DUTS-TR/caption/last.pt                           # ... SDG-SOD+
     python sdg_sod.py --stage guide --data DUTS-TR --captioner bicaptioning_R_50_L1_H2048.pth
     python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
-    torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR --encoder-weights mit_b3.pth
+    torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR --encoder-weights FILE
 
-Stages, in order: sod (PVT-SOD, the saliency branch), caption (the guidance branch), control (only
-on shapes unless asked for: PVT-SOD fine-tuned as long as guide), guide (both, fine-tuned). Of the
---eval sets those with captions judge stage caption, those with masks the others.
+Stages, in order: sod trains the saliency branch (PVT-SOD), caption the captioner, control
+fine-tunes PVT-SOD as long as guide does (only on shapes unless asked for), guide fine-tunes it with
+guidance. Of the --eval sets those with captions judge stage caption, those with masks the others.
 
 Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 / .030, SDG-SOD
 .905 / .878 / .943 / .027; pre-trained on COCO .903 / .873 / .938 / .028 and .911 / .889 / .946 /
-.026. Ours at that size: not run. At small scale: README.
+.026. Ours at that size: not run. At small scale: docs/sdg_sod.md.
 
 Departures, and choices where the paper is silent:
- D1 "PVT" is SegFormer's MiT, whose weights (segmentation) are a file of yours: PVT has a position
-    code and patches that do not overlap; PVTv2 would fit the text as well. Layers 2 2 2 2 are taken
-    for mit_b1's.
- D2 the decoder is SegFormer's, fused by a layer with BatchNorm, width 256 (b0, b1) or 768;
-    --decoder literal is the text's single layer. Table 4's rivals (common/rivals.py) have
-    mmsegmentation's width, 512.
- D3 F3Net's loss as its paper has it, both terms weighted; --bce coded: as its code has it, where a
-    misspelt argument cancels the weights of the cross-entropy.
- D4 SegFormer's AdamW: weight decay 0.01 but on norms and (here) biases, warm-up, linear decay; one
-    rate for all, where SegFormer's head has ten times that of its encoder; batches of 16; 40 more
-    epochs for guide, where the paper names 80 in all. Flips, and F3Net's crops of up to an eighth
-    of each axis.
- D5 the captioner starts from ImageNet's weights (VirTex: at random), whose BatchNorm statistics
-    it keeps, and learns with AdamW at one rate and flips (left and right change places in the
-    words) for 20 epochs of batches of 16; VirTex with SGD, Lookahead, crops, colours, the CNN's
-    rate 200 times the text's, 500,000 steps of 256. Ours is untested at that size.
- D6 the features of the CNN are standardised; without it (--plain-grid, VirTex) our captioners had
-    learnt to speak long before they learnt to look. On shapes the grid also holds shallower maps,
-    since the tiny CNN's deepest one has forgotten colours. Words are whole words, the most frequent
-    ones, 10,000 with three special ones; VirTex's are pieces.
- D7 a word's map is the attention of the step that predicts it (--attn-row read: that reads it) in
-    the forward direction's last layer, mean of the heads, without the start and the end; the
-    start token is read before them, also with --released.
- D8 normalise stretches each resized sum to [0, 1]; others: --attn-norm.
- D9 xi starts at 0, so that guidance starts as the network that it was given.
- D10 the captioner sees the saliency network's photo, --size pixels, resized again to 224. A
-    mirrored or cropped photo takes its map along; --live describes it anew.
- D11 with several processes each draws for its own share of a batch and normalises by it;
+ D1 "PVT" is SegFormer's MiT, whose weights are a file of yours; the paper starts from those of
+    segmentation. PVT has a position code and patches that do not overlap; PVTv2 would fit the text
+    as well. The layers 2 2 2 2 are taken for those of mit_b1.
+ D2 The decoder is SegFormer's, which fuses the scales by a layer with BatchNorm, with a width of
+    256 (b0, b1) or 768. --decoder literal is the single layer of the text. The rivals of Table 4
+    (common/rivals.py) have mmsegmentation's width, 512.
+ D3 F3Net's loss is that of its paper, with both terms weighted. --bce coded is that of its code,
+    where a misspelt argument cancels the weights of the cross-entropy.
+ D4 The optimiser is SegFormer's AdamW with weight decay 0.01, except on norms and, unlike
+    SegFormer, on biases; warm-up, then linear decay; one learning rate for all, where SegFormer's
+    head has ten times that of its encoder; batches of 16. Stage guide adds 40 epochs, where the
+    paper names 80 in all. Photos are flipped, and cropped by up to an eighth of each axis, as
+    F3Net does.
+ D5 The captioner's CNN starts from ImageNet's weights and keeps their BatchNorm statistics. The
+    captioner learns with AdamW at one rate and with flips (left and right change places in the
+    words) for 20 epochs of batches of 16. VirTex starts at random and trains with SGD, Lookahead,
+    crops, colours and a rate of the CNN 200 times the text's, for 500,000 steps of 256. Ours is
+    untested at that size.
+ D6 The features of the CNN are standardised. With plain features (--plain-grid, as in VirTex) our
+    captioners wrote good sentences long before their attention found the objects. On shapes the
+    grid also holds shallower maps, since the tiny CNN's deepest one tells colours badly. Words are
+    whole words, the 10,000 most frequent ones with three special ones; VirTex's are pieces.
+ D7 A word's map is the cross-attention at the decoding step that predicts the word (--attn-row
+    read: the step that takes it as input): forward direction, last layer, mean over heads. Start
+    and end tokens have no map. The start token is always read before them, also with --released.
+ D8 Normalise stretches each resized sum to [0, 1]; --attn-norm offers others.
+ D9 xi is initialised to 0: before its first step the guided network equals the PVT-SOD that it
+    starts from.
+ D10 The captioner sees the photo that the saliency network sees, --size pixels, resized again to
+    224. A mirrored or cropped photo takes its map along; --live describes it anew.
+ D11 With several processes each draws for its own share of a batch and normalises by it;
     BatchNorm's statistics are averaged after each epoch. Results depend a little on their number.
- D12 COCO-SOD pre-trains PVT-SOD, as Table 1 says, not the whole of SDG-SOD (section 4.3).
---released follows the code of F3Net in D3, and of VirTex's beam search, which forgets to feed the
-start token after its first step.
+ D12 COCO-SOD pre-trains PVT-SOD, as Table 1 says, not the whole of SDG-SOD, as section 4.3 says.
+--released follows the code of F3Net in D3, and that of VirTex's beam search, which does not feed
+the start token after its first step.
 The tool for annotating COCO (Appendix A) is data/relabel.py.
 
 Shapes: B batch, H W input size, h w feature size, C channels, T words. Images are in [0, 1].
 """
 
 import argparse
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from common import harness, runtime
+from common import flags, harness, runtime
 from common.backbones import PIXELS, backbone
-from common.bank import Bank, batches, crop, draw_crops, epoch_order
+from common.bank import Bank, crop, draw_crops
 from common.datasets import open_set
-from common.published import MIT_HEADS, mit_state, read_state, virtex_state
-from common.rivals import ContextDecoder, resize
-from common.runtime import UserError, autocast, generator, progress, save_png
+from common.flags import Schedule, Settings
+from common.published import MIT_HEADS, mit_state, named_tensors, read_state, virtex_state
+from common.rivals import ContextDecoder
+from common.run import Run, claim
+from common.runtime import UserError, autocast, generator, progress, save_png, say
 from data import captions
 from data.captions import END, LENGTH, PAD, START, tokenise
 
+METHOD = "sdg_sod"
 STAGES = ("sod", "caption", "control", "guide")
 PAPER = {
-    "epochs": (80, 20, 40, 40),
-    "lr": (5e-5, 5e-4, 5e-5, 5e-5),
+    "stage_sod": Schedule(epochs=80, lr=5e-5),
+    "stage_caption": Schedule(epochs=20, lr=5e-4),
+    "stage_control": Schedule(epochs=40, lr=5e-5),
+    "stage_guide": Schedule(epochs=40, lr=5e-5),
     "batch_size": 16,
     "size": 352,
     "encoder": "mit_b3",
@@ -110,8 +121,10 @@ PAPER = {
     "captions": "COCO-captions",
 }
 SHAPES = {
-    "epochs": (20, 40, 6, 6),
-    "lr": (1e-3, 1e-3, 3e-4, 3e-4),
+    "stage_sod": Schedule(epochs=20, lr=1e-3),
+    "stage_caption": Schedule(epochs=40, lr=1e-3),
+    "stage_control": Schedule(epochs=6, lr=3e-4),
+    "stage_guide": Schedule(epochs=6, lr=3e-4),
     "batch_size": 16,
     "size": 160,
     "encoder": "mit_tiny",
@@ -121,25 +134,30 @@ SHAPES = {
     "freeze": True,
     "beam": 5,
     "attn_row": "predict",
-    "captions": None,
+    "captions": None,  # those of --data
 }
-PAPER_SETS = [
-    "DUTS-TE",
-    "ECSSD",
-    "DUT-OMRON",
-    "HKU-IS",
-    "PASCAL-S",  # Table 1
-    "COCO-captions-val",
-]  # for the captioner
-MIT = {  # channels, layers and heads of the four levels, width of the decoder
-    "mit_tiny": ((24, 48, 96, 128), (1, 1, 2, 1), (1, 2, 4, 4), 64),
-    "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), 256),
-    "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), 256),
-    "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), 768),
-    "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3), (1, 2, 5, 8), 768),
-}
+TABLE_1 = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S"]
+PAPER_SETS = [*TABLE_1, "COCO-captions-val"]  # the last one for the captioner
 GRID = 224  # the captioner's input, whose deepest map has 7 x 7 cells
-CAPTIONER = ("backbone", "pixels", "borders", "taps", "plain_grid", "hidden", "layers", "lexicon")
+RIVALS = ("psp", "aspp", "apc", "ann")  # decoders of Table 4
+
+
+class MiTSize(NamedTuple):
+    """Channels, layers and heads of the four levels; the width of the decoder."""
+
+    channels: tuple[int, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    width: int
+
+
+MIT = {
+    "mit_tiny": MiTSize((24, 48, 96, 128), (1, 1, 2, 1), (1, 2, 4, 4), 64),
+    "mit_b0": MiTSize((32, 64, 160, 256), (2, 2, 2, 2), (1, 2, 5, 8), 256),
+    "mit_b1": MiTSize((64, 128, 320, 512), (2, 2, 2, 2), (1, 2, 5, 8), 256),
+    "mit_b2": MiTSize((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), 768),
+    "mit_b3": MiTSize((64, 128, 320, 512), (3, 4, 18, 3), (1, 2, 5, 8), 768),
+}
 
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -147,103 +165,130 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags. A default of None is the paper's value, or the small preset's on shapes."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
-        epilog="The docstring of this file explains the method.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python sdg_sod.py --out runs/mine             train all stages on built-in shapes\n"
+        "  python sdg_sod.py --out runs/mine --predict photo.jpg --words\n"
+        "The docstring of this file explains the method and D1 to D12.",
     )
+    flags.add_flags(parser, PAPER, SHAPES)
     method = parser.add_argument_group("method")
-    method.add_argument("--stage", choices=STAGES, help="one stage only [sod, caption, guide]")
-    method.add_argument("--released", action="store_true", help="the code of F3Net and VirTex")
-    method.add_argument("--encoder", choices=MIT, help="of the saliency branch, Table 2 [mit_b3]")
-    method.add_argument("--encoder-weights", metavar="FILE", help="MiT's weights, or none")
-    method.add_argument("--pretrained", metavar="FILE", help="checkpoint to start stage sod from")
-    method.add_argument(
+    add = method.add_argument
+    add("--stage", choices=STAGES, help="one stage only [sod, caption, guide]")
+    add("--released", action="store_true", help="the code of F3Net and VirTex")
+    add_saliency_flags(method)
+    add_guidance_flags(method)
+    add_captioner_flags(parser.add_argument_group("captioner"))
+    return parser
+
+
+def add_saliency_flags(group: argparse._ArgumentGroup) -> None:
+    """The saliency branch: its network, its start and its loss."""
+    add = group.add_argument
+    usual = flags.defaults("encoder", PAPER, SHAPES)
+    add("--encoder", choices=MIT, help=f"of the saliency branch, Table 2 {usual}")
+    add("--encoder-weights", metavar="FILE", help="MiT's weights, or none")
+    add("--pretrained", metavar="FILE", help="checkpoint to start stage sod from")
+    add(
         "--decoder",
-        choices=("mlp", "literal", "psp", "aspp", "apc", "ann"),
+        choices=("mlp", "literal", *RIVALS),
         default="mlp",
         help="Table 4 and D2 [mlp]",
     )
-    method.add_argument("--width", type=harness.positive, help="channels of the decoder, see D2")
-    method.add_argument("--bce", choices=("weighted", "coded"), help="see D3 [weighted]")
-    method.add_argument(
+    add("--width", type=flags.positive, help="channels of the decoder [see D2]")
+    add("--bce", choices=("weighted", "coded"), help="see D3 [weighted]")
+    add(
         "--crop",
         type=float,
         default=0.125,
         metavar="SHARE",
         help="most that training cuts from either axis [0.125]",
     )
-    method.add_argument("--sod", metavar="FILE", help="for control, guide [<out>/sod/last.pt]")
-    method.add_argument(
+
+
+def add_guidance_flags(group: argparse._ArgumentGroup) -> None:
+    """How maps of words guide the saliency branch."""
+    add = group.add_argument
+    add("--sod", metavar="FILE", help="for control, guide [<out>/sod/last.pt]")
+    add(
         "--captioner",
         metavar="FILE",
         help="for guide, ours or VirTex's bicaptioning [<out>/caption/last.pt]",
     )
-    method.add_argument(
+    add(
         "--scales",
         type=int,
         nargs="+",
         choices=(1, 2, 3, 4),
-        help="guided scales, from 1, the finest, Table 3 [all the decoder sees]",
+        help="guided scales, from 1, the finest, Table 3 [all that the decoder uses]",
     )
-    method.add_argument(
+    add(
         "--attn-norm",
         choices=("minmax", "max", "mean", "l1"),
         default="minmax",
         help="normalise in Eq. 3, see D8 [minmax]",
     )
-    method.add_argument("--attn-row", choices=("predict", "read"), help="see D7 [predict]")
-    method.add_argument("--xi-init", choices=("zero", "normal"), default="zero", help="see D9")
-    method.add_argument(
+    add("--attn-row", choices=("predict", "read"), help="see D7 [predict]")
+    add("--xi-init", choices=("zero", "normal"), default="zero", help="see D9 [zero]")
+    add(
         "--maps",
         choices=("own", "other"),
         default="own",
         help="other: train with another photo's map, to see if it matters [own]",
     )
-    method.add_argument("--live", action="store_true", help="keep the captioner live, see D10")
-    method.add_argument("--captions", metavar="SET", help="captioned photos [COCO-captions]")
-    method.add_argument(
+    add("--live", action="store_true", help="describe every photo in every step, see D10")
+
+
+def add_captioner_flags(group: argparse._ArgumentGroup) -> None:
+    """The captioner: its photos, its network and its words."""
+    add = group.add_argument
+    add("--captions", metavar="SET", help="captioned photos [paper COCO-captions, shapes --data]")
+    add(
         "--taps",
-        type=harness.positive,
-        help="how many of the CNN's deepest maps make the grid, see D6 [1]",
+        type=flags.positive,
+        help="how many of the CNN's deepest maps make the grid, see D6 "
+        + flags.defaults("taps", PAPER, SHAPES),
     )
-    method.add_argument("--plain-grid", action="store_true", help="do not standardise it, see D6")
-    method.add_argument(
+    add("--plain-grid", action="store_true", help="do not standardise it, see D6")
+    add(
         "--freeze",
         action=argparse.BooleanOptionalAction,
-        help="the captioner's CNN keeps its weights [no]",
+        help="the captioner's CNN keeps its weights [paper no, shapes yes]",
     )
-    method.add_argument("--hidden", type=harness.positive, help="width of the text decoder [1024]")
-    method.add_argument("--layers", type=harness.positive, default=1, help="of text decoder [1]")
-    method.add_argument(
-        "--beam", type=harness.positive, help="captions tried at once; 1 is greedy [5]"
-    )
-    method.add_argument(
+    hidden = flags.defaults("hidden", PAPER, SHAPES)
+    add("--hidden", type=flags.positive, help=f"width of the text decoder {hidden}")
+    add("--layers", type=flags.positive, default=1, help="of the text decoder [1]")
+    add("--beam", type=flags.positive, help="captions tried at once; 1 is greedy [5]")
+    add(
         "--vocabulary",
         metavar="FILE",
         help="VirTex's (SentencePiece's .vocab), without which words are numbers",
     )
-    method.add_argument(
+    add(
         "--words",
         action="store_true",
-        help="--predict also draws where each word of the caption looks, Fig. 9",
+        help="--predict also draws the map of each word of the caption, Fig. 9",
     )
-    harness.add_flags(parser)
-    return parser
 
 
-def fill_defaults(args: argparse.Namespace) -> None:
-    """Replace None by the paper's value, or by the small preset's on shapes, which is printed."""
-    small = harness.use_preset(args, PAPER, SHAPES)
-    # one number on the command line serves all stages
-    args.epochs, args.lr = (v if isinstance(v, tuple) else (v,) * 4 for v in (args.epochs, args.lr))
-    args.captions = args.captions or args.data
-    rival = args.decoder not in ("mlp", "literal") and not small
-    args.width = args.width or (512 if rival else MIT[args.encoder][3])
-    args.bce = args.bce or ("coded" if args.released else "weighted")  # D3
-    seen = [3, 4] if args.decoder == "ann" else [1, 2, 3, 4]
-    args.scales = args.scales or seen
-    if not set(args.scales) <= set(seen):
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags with a value for each: the paper's, or the small preset's on shapes."""
+    small = flags.is_shapes(args.data)
+    args = flags.completed(args, SHAPES if small else PAPER)
+    wide = args.decoder in RIVALS and not small
+    used = [3, 4] if args.decoder == "ann" else [1, 2, 3, 4]  # scales that the decoder sees
+    args = flags.replaced(
+        args,
+        captions=args.captions or args.data,
+        width=args.width or (512 if wide else MIT[args.encoder].width),  # D2
+        bce=args.bce or ("coded" if args.released else "weighted"),  # D3
+        scales=args.scales or used,
+        eval=flags.evaluation_sets(args, usual_sets(args.data)),
+    )
+    if not set(args.scales) <= set(used):
         raise UserError(
-            "--decoder ann sees scales 3 and 4 alone: give --scales one or both of "
-            "them, or leave it out"
+            "--decoder ann sees scales 3 and 4 alone: give --scales one or both of them, or leave "
+            "it out"
         )
     if args.maps == "other" and args.live:
         raise UserError("--maps other needs maps made beforehand: leave out --live")
@@ -253,33 +298,42 @@ def fill_defaults(args: argparse.Namespace) -> None:
         raise UserError(f"--hidden {args.hidden} is not a multiple of 64, the width of a head")
     if not 0 <= args.crop < 1:
         raise UserError(f"--crop {args.crop} is not a share from 0 to less than 1")
-    if args.eval is None and args.data == "DUTS-TR":
-        args.eval = harness.present(PAPER_SETS, args.data_root)
-    elif args.eval is None:
-        parts = [part.split("@")[0].removesuffix("-test") for part in args.data.split("+")]
-        args.eval = ["+".join(f"{part}-test" for part in parts)] if small else []
-    harness.show_preset(args, SHAPES)
+    return args
 
 
-# ---- Model: the PVT-SOD branch -------------------------------------------------------------------
+def usual_sets(data: str) -> list[str]:
+    """The sets to score on if --eval is not given."""
+    if data == "DUTS-TR":
+        return PAPER_SETS
+    if not flags.is_shapes(data):
+        return []
+    parts = [part.split("@")[0].removesuffix("-test") for part in data.split("+")]
+    return ["+".join(f"{part}-test" for part in parts)]
+
+
+# ---- Model: the saliency branch, PVT-SOD ---------------------------------------------------------
 class Attention(nn.Module):
-    """Efficient self-attention: keys and values from a grid with R times fewer cells."""
+    """Efficient self-attention: keys and values from a grid with R = side^2 times fewer cells."""
 
     def __init__(self, channels: int, heads: int, side: int):
         super().__init__()
         self.heads = heads
-        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(channels, 2 * channels)
         self.proj = nn.Linear(channels, channels)
         if side > 1:  # Eq. 1's reshape and linear layer are a convolution whose stride is its size
-            self.sr, self.norm = nn.Conv2d(channels, channels, side, side), nn.LayerNorm(channels)
+            self.sr = nn.Conv2d(channels, channels, side, side)
+            self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, C] -> [B, h, w, C]"""
         b, h, w, c = x.shape
         q = self.q(x).view(b, h * w, self.heads, -1).transpose(1, 2)  # [B, heads, hw, d]
         if hasattr(self, "sr"):
-            x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # Eq. 1, R = side^2
-        k, v = self.kv(x).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+            x = self.sr(x.permute(0, 3, 1, 2))  # [B, C, h / side, w / side]
+            x = self.norm(x.permute(0, 2, 3, 1))  # Eq. 1
+        kv = self.kv(x).view(b, -1, 2, self.heads, c // self.heads)  # [B, hw / R, 2, heads, d]
+        k, v = kv.permute(2, 0, 3, 1, 4)  # [B, heads, hw / R, d] each
         x = F.scaled_dot_product_attention(q, k, v)  # Eq. 2
         return self.proj(x.transpose(1, 2).reshape(b, h, w, c))
 
@@ -289,22 +343,26 @@ class MixFFN(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
-        self.dwconv = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels)
+        inner = 4 * channels
+        self.fc1 = nn.Linear(channels, inner)
+        self.fc2 = nn.Linear(inner, channels)
+        self.dwconv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, C] -> [B, h, w, C]"""
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2))
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2))  # [B, 4 C, h, w]
         return self.fc2(F.gelu(x).permute(0, 2, 3, 1))
 
 
 class Block(nn.Module):
-    """Attention and MixFFN on normalised inputs, each dropped for some images in training."""
+    """Attention and MixFFN on normalised inputs; each is dropped for some images in training."""
 
     def __init__(self, channels: int, heads: int, side: int, drop: float):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(channels, 1e-6), nn.LayerNorm(channels, 1e-6)
-        self.attn, self.mlp = Attention(channels, heads, side), MixFFN(channels)
+        self.norm1 = nn.LayerNorm(channels, 1e-6)
+        self.norm2 = nn.LayerNorm(channels, 1e-6)
+        self.attn = Attention(channels, heads, side)
+        self.mlp = MixFFN(channels)
         self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
@@ -313,9 +371,11 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def drop_path(self, x: Tensor) -> Tensor:
+        """Zero for a share `drop` of the images, the others enlarged so that the mean stays."""
         if not self.training or self.drop == 0:
             return x
-        return x * (torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop) / (1 - self.drop)
+        keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop
+        return x * keep / (1 - self.drop)
 
 
 class Level(nn.Module):
@@ -325,12 +385,13 @@ class Level(nn.Module):
         super().__init__()
         size, stride = (7, 4) if before == 3 else (3, 2)
         self.proj = nn.Conv2d(before, channels, size, stride, size // 2)
-        self.norm_in, self.norm_out = nn.LayerNorm(channels), nn.LayerNorm(channels, 1e-6)
+        self.norm_in = nn.LayerNorm(channels)
+        self.norm_out = nn.LayerNorm(channels, 1e-6)
         self.blocks = nn.ModuleList(Block(channels, heads, side, drop) for drop in drops)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C', h', w'] -> [B, C, h, w]"""
-        x = self.norm_in(self.proj(x).permute(0, 2, 3, 1))
+        x = self.norm_in(self.proj(x).permute(0, 2, 3, 1))  # [B, h, w, C]
         for block in self.blocks:
             x = block(x)
         return self.norm_out(x).permute(0, 3, 1, 2)
@@ -341,10 +402,13 @@ class MiT(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
-        self.channels, layers, heads, _ = MIT[name]
-        drops, before = torch.linspace(0, 0.1, sum(layers)).split(layers), (3, *self.channels)
+        size = MIT[name]
+        self.channels = size.channels
+        before = (3, *size.channels)
+        sides = (8, 4, 2, 1)
+        drops = torch.linspace(0, 0.1, sum(size.layers)).split(size.layers)
         self.stages = nn.ModuleList(
-            Level(before[i], self.channels[i], heads[i], (8, 4, 2, 1)[i], drops[i].tolist())
+            Level(before[i], size.channels[i], size.heads[i], sides[i], drops[i].tolist())
             for i in range(4)
         )
         for name, value in zip(("mean", "std"), PIXELS["imagenet"]):
@@ -353,7 +417,8 @@ class MiT(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] in [0, 1] -> F1 ... F4, [B, C_i, H / 2^(i+1), W / 2^(i+1)]."""
-        x, features = (image - self.mean) / self.std, []
+        x = (image - self.mean) / self.std
+        features = []
         for level in self.stages:
             x = level(x)
             features.append(x)
@@ -366,43 +431,14 @@ def initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        fan = module.out_channels * module.kernel_size[0] ** 2 / module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan))
+        fan_out = module.out_channels * module.kernel_size[0] ** 2 / module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         nn.init.zeros_(module.bias)
 
 
-class Guidance(nn.Module):
-    """Eq. 3 at some scales: F + xi(F * normalise(sum of the resized maps)).
-
-    scales: from 1, the finest. kind: minmax, max, mean (divided by T), l1 (mean of 1), see D8.
-    """
-
-    def __init__(self, channels: tuple[int, ...], scales: list[int], kind: str, zero: bool = True):
-        super().__init__()
-        self.kind = kind
-        self.xi = nn.ModuleDict(
-            {str(i): nn.Conv2d(channels[i - 1], channels[i - 1], 1) for i in sorted(set(scales))}
-        )
-        for xi in self.xi.values():
-            nn.init.zeros_(xi.weight) if zero else nn.init.trunc_normal_(xi.weight, std=0.02)
-            nn.init.zeros_(xi.bias)
-
-    def forward(self, features: list[Tensor], m: Tensor) -> list[Tensor]:
-        """F1 ... F4 and the sum of a caption's maps [B, 1, 7, 7] -> guided F1 ... F4."""
-        guided = list(features)
-        for i, xi in self.xi.items():
-            f = features[int(i) - 1]
-            guided[int(i) - 1] = f + xi(f * self.normalise(resize(m, f)))
-        return guided
-
-    def normalise(self, m: Tensor) -> Tensor:
-        """[B, 1, h, w], not negative, to the same; a map of zeros, with minmax a flat one, to 0."""
-        mean, top = m.mean((2, 3), keepdim=True), m.amax((2, 3), keepdim=True)
-        low = m.amin((2, 3), keepdim=True) if self.kind == "minmax" else 0
-        # a word's map sums to 1 over 49 cells: 49 times the mean of the sum is T
-        # (after resizing or a crop nearly T)
-        scale = {"minmax": top - low, "max": top, "l1": mean, "mean": 49 * mean}[self.kind]
-        return (m - low) / scale.clamp(min=1e-6)
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """Bilinear, to the height and width of `like`."""
+    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
 class MLPDecoder(nn.Module):
@@ -411,17 +447,66 @@ class MLPDecoder(nn.Module):
     def __init__(self, channels: tuple[int, ...], width: int, literal: bool = False):
         super().__init__()
         self.linear = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.fuse = (
-            nn.Identity()
-            if literal
-            else nn.Sequential(Conv2dNormActivation(4 * width, width, 1), nn.Dropout2d(0.1))
-        )
-        self.predict = nn.Conv2d(4 * width if literal else width, 1, 1)
+        if literal:
+            self.fuse = nn.Identity()
+            self.predict = nn.Conv2d(4 * width, 1, 1)
+        else:
+            fuse = Conv2dNormActivation(4 * width, width, 1)
+            self.fuse = nn.Sequential(fuse, nn.Dropout2d(0.1))
+            self.predict = nn.Conv2d(width, 1, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """F1 ... F4 -> logit [B, 1, H/4, W/4]"""
         levels = [resize(linear(f), features[0]) for linear, f in zip(self.linear, features)]
-        return self.predict(self.fuse(torch.cat(levels[::-1], 1)))  # coarse to fine
+        levels.reverse()  # coarse to fine, as in SegFormer
+        return self.predict(self.fuse(torch.cat(levels, 1)))
+
+
+class Guidance(nn.Module):
+    """Eq. 3 at some scales: F + xi(F * normalise(sum of the resized maps)).
+
+    scales: from 1, the finest. kind: minmax, max, mean (divided by T), l1 (mean of 1), see D8.
+    zero: xi starts at 0 (D9).
+    """
+
+    def __init__(self, channels: tuple[int, ...], scales: list[int], kind: str, zero: bool = True):
+        super().__init__()
+        self.kind = kind
+        self.xi = nn.ModuleDict()
+        for scale in sorted(set(scales)):
+            self.xi[str(scale)] = nn.Conv2d(channels[scale - 1], channels[scale - 1], 1)
+        for xi in self.xi.values():
+            if zero:
+                nn.init.zeros_(xi.weight)
+            else:
+                nn.init.trunc_normal_(xi.weight, std=0.02)
+            nn.init.zeros_(xi.bias)
+
+    def forward(self, features: list[Tensor], m: Tensor) -> list[Tensor]:
+        """F1 ... F4 and the sum of a caption's maps [B, 1, 7, 7] -> guided F1 ... F4."""
+        guided = list(features)
+        for scale, xi in self.xi.items():
+            f = features[int(scale) - 1]
+            guided[int(scale) - 1] = f + xi(f * self.normalise(resize(m, f)))  # Eq. 3
+        return guided
+
+    def normalise(self, m: Tensor) -> Tensor:
+        """[B, 1, h, w], not negative, to the same; a map of zeros, with minmax a flat one, to 0."""
+        mean = m.mean((2, 3), keepdim=True)
+        top = m.amax((2, 3), keepdim=True)
+        low = 0
+        if self.kind == "minmax":
+            low = m.amin((2, 3), keepdim=True)
+            scale = top - low
+        elif self.kind == "max":
+            scale = top
+        elif self.kind == "l1":
+            scale = mean
+        else:
+            # A word's map sums to 1 over 49 cells, so 49 times the mean of the sum is T, the number
+            # of words. After resizing or a crop that holds nearly.
+            scale = 49 * mean
+        return (m - low) / scale.clamp(min=1e-6)
 
 
 class SDGSOD(nn.Module):
@@ -435,8 +520,10 @@ class SDGSOD(nn.Module):
         captioner: "Captioner | None" = None,
     ):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.guidance, self.captioner = guidance, captioner
+        self.encoder = encoder
+        self.decoder = decoder
+        self.guidance = guidance
+        self.captioner = captioner
         if captioner is not None:
             captioner.requires_grad_(False)
 
@@ -452,14 +539,15 @@ class SDGSOD(nn.Module):
         saliency logit [B, 1, H, W]."""
         features = self.encoder(image)
         if self.guidance is not None:
-            m = self.captioner.guidance(image) if m is None else m
+            if m is None:
+                m = self.captioner.guidance(image)
             features = self.guidance(features, m)
         return resize(self.decoder(features).float(), image)
 
 
-# ---- Model: the semantically distilled guidance branch -------------------------------------------
+# ---- Model: the captioner, the semantically distilled guidance branch ----------------------------
 class DecoderLayer(nn.TransformerDecoderLayer):
-    """torch's layer with the norms last and GELU, which also returns where its words look."""
+    """torch's post-norm decoder layer with GELU; it also returns each word's cross-attention."""
 
     def __init__(self, hidden: int):
         super().__init__(hidden, hidden // 64, 4 * hidden, batch_first=True)
@@ -468,27 +556,27 @@ class DecoderLayer(nn.TransformerDecoderLayer):
         self, x: Tensor, grid: Tensor, future: Tensor, padded: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Words [B, T, H], grid [B, 49, H], masks [T, T], [B, T] -> [B, T, H], [B, T, 49]."""
-        a = self.self_attn(x, x, x, attn_mask=future, key_padding_mask=padded, need_weights=False)[
-            0
-        ]
-        x = self.norm1(x + self.dropout1(a))
-        a, attention = self.multihead_attn(x, grid, grid)  # mean of the heads
-        x = self.norm2(x + self.dropout2(a))
-        a = self.linear2(self.dropout(F.gelu(self.linear1(x))))
-        return self.norm3(x + self.dropout3(a)), attention
+        own, _ = self.self_attn(
+            x, x, x, attn_mask=future, key_padding_mask=padded, need_weights=False
+        )
+        x = self.norm1(x + self.dropout1(own))
+        seen, attention = self.multihead_attn(x, grid, grid)  # the attention is a mean over heads
+        x = self.norm2(x + self.dropout2(seen))
+        out = self.linear2(self.dropout(F.gelu(self.linear1(x))))
+        return self.norm3(x + self.dropout3(out)), attention
 
 
 class Captioner(nn.Module):
     """VirTex: a CNN, and a transformer that writes captions forward and backward.
 
-    vocabulary: number of words V; taps, plain: D6; row: D7. The two directions share all but their
+    lexicon: the V words, by token. taps, plain: D6. row: D7. The two directions share all but their
     layers, and the output shares its weights with the embedding.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
-        vocabulary: int,
+        lexicon: list[str],
         hidden: int,
         layers: int = 1,
         taps: int = 1,
@@ -498,24 +586,33 @@ class Captioner(nn.Module):
         released: bool = False,
     ):
         super().__init__()
-        self.taps, self.row, self.beam, self.released = taps, row, beam, released
+        self.lexicon = lexicon
+        self.taps = taps
+        self.row = row
+        self.beam = beam
+        self.released = released
         channels = sum(encoder.channels[-taps:])
-        self.encoder, self.projection = encoder, nn.Linear(channels, hidden)
+        self.encoder = encoder
+        self.projection = nn.Linear(channels, hidden)
         self.standardise = nn.Identity() if plain else nn.BatchNorm2d(channels, affine=False)
-        self.words = nn.Embedding(vocabulary, hidden, padding_idx=PAD)
+        self.words = nn.Embedding(len(lexicon), hidden, padding_idx=PAD)
         self.positions = nn.Embedding(LENGTH, hidden)
-        self.norm, self.dropout = nn.LayerNorm(hidden, 1e-8), nn.Dropout(0.1)
-        self.forwards, self.backwards = (
-            nn.ModuleList(DecoderLayer(hidden) for _ in range(layers)) for _ in range(2)
-        )
-        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.norm = nn.LayerNorm(hidden, 1e-8)
+        self.dropout = nn.Dropout(0.1)
+        self.forwards = nn.ModuleList(DecoderLayer(hidden) for _ in range(layers))
+        self.backwards = nn.ModuleList(DecoderLayer(hidden) for _ in range(layers))
+        self.bias = nn.Parameter(torch.zeros(len(lexicon)))
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Matrices outside the CNN get a standard deviation of 0.64 / sqrt(fan in), which is
+        VirTex's 0.02 at a fan-in of 1,024."""
         for name, p in self.named_parameters():
             if p.dim() > 1 and not name.startswith("encoder."):
-                # VirTex: 0.02, as here of what takes in 1,024 numbers (narrower where more come in)
                 nn.init.normal_(p, std=0.64 / math.sqrt(p.shape[1]))
         nn.init.zeros_(self.words.weight[PAD].data)
 
-    def see(self, image: Tensor) -> Tensor:
+    def encode(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> the grid G [B, 49, H]"""
         if image.shape[2:] != (GRID, GRID):
             image = F.interpolate(
@@ -527,9 +624,10 @@ class Captioner(nn.Module):
 
     def read(self, grid: Tensor, tokens: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
         """Tokens [B, T] -> logits [B, T, V] of the next one, and cross-attention [B, T, 49]."""
-        t, padded = tokens.shape[1], tokens == PAD
+        t = tokens.shape[1]
+        padded = tokens == PAD
         x = self.words(tokens) + self.positions.weight[:t]
-        x = self.dropout(self.norm(x)) * ~padded[..., None]
+        x = self.dropout(self.norm(x)) * ~padded[..., None]  # [B, T, H]
         future = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
         for layer in self.backwards if backward else self.forwards:
             x, attention = layer(x, grid, future, padded)
@@ -537,48 +635,75 @@ class Captioner(nn.Module):
 
     def forward(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher forcing: logits [B, T, V] of the caption and of its mirror image."""
-        grid = self.see(image)
-        return self.read(grid, tokens)[0], self.read(grid, reverse(tokens), backward=True)[0]
+        grid = self.encode(image)
+        forward, _ = self.read(grid, tokens)
+        backward, _ = self.read(grid, reverse(tokens), backward=True)
+        return forward, backward
 
     @torch.no_grad()
     def write(self, grid: Tensor) -> Tensor:
         """Beam search: grid [B, 49, H] -> tokens [B, T], from the start token on.
 
-        As in VirTex: two successors per beam, no word twice in a row, no reward for length.
+        Of each image the b likeliest beginnings of a caption are kept. As in VirTex each of them
+        has two successors, no word comes twice in a row, and length is not rewarded.
         """
-        n, b = len(grid), self.beam
+        n = len(grid)
+        b = self.beam
         grid = grid.repeat_interleave(b, 0)  # [B b, 49, H]
         tokens = torch.full((n * b, 1), START, device=grid.device)
         score = torch.full((n, b), -math.inf, device=grid.device)
-        score[:, 0] = 0  # all beams are equal yet
+        score[:, 0] = 0  # all beams are equal yet: only the first one counts
         for t in range(LENGTH):
             shown = tokens[:, 1:] if self.released and t else tokens
-            p = self.read(grid, shown)[0][:, -1].float().log_softmax(1)  # [B b, V]
-            p = p.scatter(1, tokens[:, -1:], -math.inf) if t else p
+            logit, _ = self.read(grid, shown)
+            p = logit[:, -1].float().log_softmax(1)  # of the next word [B b, V]
+
+            # Forbid repeats: a word must not follow itself.
+            if t:
+                p = p.scatter(1, tokens[:, -1:], -math.inf)
+
+            # Keep ended captions as they are: an end follows an end, with certainty.
             ended = tokens[:, -1] == END
             p = p.masked_fill(ended[:, None], -math.inf)
             p[:, END] = p[:, END].masked_fill(ended, 0)
-            p, word = p.topk(min(2 if t else b, b, p.shape[1]))  # [B b, k]
+
+            # Choose the best b of an image's b x k continued captions. `best` numbers them, so
+            # best // k is the beam that is continued.
+            k = min(2 if t else b, b, p.shape[1])
+            p, word = p.topk(k)  # [B b, k]
             score, best = (score.view(-1, 1) + p).view(n, -1).topk(b)  # [B, b]
-            beam = best // p.shape[1] + b * torch.arange(n, device=grid.device)[:, None]
+            beam = best // k + b * torch.arange(n, device=grid.device)[:, None]
             word = word.view(n, -1).gather(1, best)
             tokens = torch.cat([tokens[beam.flatten()], word.view(-1, 1)], 1)
+
             if (word[:, 0] == END).all():  # the others can only become less likely
                 break
         return tokens[::b]  # the best of each image
 
     @torch.no_grad()
-    def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] -> caption [B, T], and the map of every word [B, T, 7, 7].
 
-        Maps of anything but words are 0.
+        Maps of anything but words are 0. Which row of the attention is a word's map (D7):
+
+            token read     [START]    a      red    star
+            row              0        1       2      3
+            token predicted  a       red     star  [END]
+
+        "red" has row 1, the step that predicts it, or row 2, the step that reads it.
         """
-        grid = self.see(image)
+        grid = self.encode(image)
         tokens = self.write(grid)
-        attention = self.read(grid, tokens[:, :LENGTH])[1].float()  # [B, <= 30, 49]
+        _, attention = self.read(grid, tokens[:, :LENGTH])
+        attention = attention.float()  # [B, at most 30, 49]
         word = tokens[:, 1:]
-        rows = attention[:, 1:] if self.row == "read" else attention[:, : word.shape[1]]  # D7
-        maps = attention.new_zeros(*word.shape, attention.shape[2])  # the last may have no row
+        if self.row == "read":
+            rows = attention[:, 1:]
+        else:
+            rows = attention[:, : word.shape[1]]
+
+        # The last word of a caption of full length is never read, so it has no row there.
+        maps = attention.new_zeros(*word.shape, attention.shape[2])
         maps[:, : rows.shape[1]] = rows
         maps *= (word > END)[..., None]
         side = math.isqrt(maps.shape[2])
@@ -586,7 +711,8 @@ class Captioner(nn.Module):
 
     def guidance(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] -> the sum of the words' maps [B, 1, 7, 7]"""
-        return self.look(image)[1].sum(1, keepdim=True)
+        _, maps = self.attend(image)
+        return maps.sum(1, keepdim=True)
 
 
 def reverse(tokens: Tensor) -> Tensor:
@@ -600,118 +726,327 @@ def reverse(tokens: Tensor) -> Tensor:
 def structure_loss(logit: Tensor, g: Tensor, bce: str = "weighted") -> Tensor:
     """F3Net's weighted BCE + weighted IoU of the logit and the mask g, [B, 1, H, W] (D3).
 
-    Weights: 1 + 5 |mean of g over 31 x 31 - g|, zeros beyond the border: pixels near edges count
-    more. bce "coded": the plain mean of the cross-entropy.
+    bce: "weighted", or "coded", which is the plain mean of the cross-entropy.
     """
-    logit, g = logit.float(), g.float()
-    near = F.avg_pool2d(F.avg_pool2d(g, (31, 1), 1, (15, 0)), (1, 31), 1, (0, 15))
-    w, p = 1 + 5 * (near - g).abs(), torch.sigmoid(logit)
+    logit = logit.float()
+    g = g.float()
+
+    # Pixels near edges count more: w = 1 + 5 |mean of g over 31 x 31 - g|, zeros beyond the border.
+    near = F.avg_pool2d(g, (31, 1), 1, (15, 0))
+    near = F.avg_pool2d(near, (1, 31), 1, (0, 15))
+    w = 1 + 5 * (near - g).abs()
+
+    p = torch.sigmoid(logit)
     cross = F.binary_cross_entropy_with_logits(logit, g, reduction="none")
-    wbce = cross.mean() if bce == "coded" else (w * cross).sum((1, 2, 3)) / w.sum((1, 2, 3))
-    both, either = (w * p * g).sum((1, 2, 3)), (w * (p + g)).sum((1, 2, 3))
-    return (wbce + 1 - (both + 1) / (either - both + 1)).mean()
+    if bce == "coded":
+        wbce = cross.mean()
+    else:
+        wbce = (w * cross).sum((1, 2, 3)) / w.sum((1, 2, 3))  # [B]
+    both = (w * p * g).sum((1, 2, 3))
+    total = (w * (p + g)).sum((1, 2, 3))
+    wiou = (both + 1) / (total - both + 1)
+    return (wbce + 1 - wiou).mean()
 
 
 def caption_loss(logits: tuple[Tensor, Tensor], tokens: Tensor) -> Tensor:
-    """Cross-entropy of the next word, forward + backward: logits of both, [B, T, V]."""
-    return sum(
-        F.cross_entropy(logit[:, :-1].float().flatten(0, 1), t[:, 1:].flatten(), ignore_index=PAD)
-        for logit, t in zip(logits, (tokens, reverse(tokens)))
-    )
+    """Cross-entropy of the next word, forward + backward.
+
+    logits: [B, T, V] of the tokens [B, T] and of the reversed ones.
+    """
+
+    def one_way(logit: Tensor, tokens: Tensor) -> Tensor:
+        predicted = logit[:, :-1].float().flatten(0, 1)  # [B (T - 1), V]
+        return F.cross_entropy(predicted, tokens[:, 1:].flatten(), ignore_index=PAD)
+
+    forward, backward = logits
+    return one_way(forward, tokens) + one_way(backward, reverse(tokens))
 
 
 # ---- Training ------------------------------------------------------------------------------------
-Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+def make_net(args: argparse.Namespace) -> SDGSOD:
+    """An untrained PVT-SOD on the CPU."""
+    encoder = MiT(args.encoder)
+    if args.decoder in RIVALS:
+        decoder = ContextDecoder(args.decoder, encoder.channels, args.width)
+    else:
+        decoder = MLPDecoder(encoder.channels, args.width, args.decoder == "literal")
+    return SDGSOD(encoder, decoder)
 
 
-def make_backbone(args: argparse.Namespace, weights: str | None = None) -> nn.Module:
-    """The captioner's CNN, filled from --backbone-weights unless `weights` are given."""
-    usual = "imagenet" if args.backbone == "resnet50" else None
-    weights = weights or args.backbone_weights or usual
-    return backbone(args.backbone, weights, args.pixels, weights != "none", borders=args.borders)
+def make_guided(net: SDGSOD, captioner: Captioner, args: argparse.Namespace) -> SDGSOD:
+    """The network of stage guide: a PVT-SOD and a captioner, joined by untrained guidance."""
+    channels = net.encoder.channels
+    guidance = Guidance(channels, args.scales, args.attn_norm, args.xi_init == "zero")
+    return SDGSOD(net.encoder, net.decoder, guidance, captioner)
 
 
-def make_captioner(args: argparse.Namespace, weights: str | None = None) -> Captioner:
-    """An untrained captioner on the CPU, its CNN filled as `make_backbone` says."""
-    encoder = make_backbone(args, weights)
-    return Captioner(
+def make_optimiser(net: nn.Module) -> torch.optim.Optimizer:
+    """AdamW; the matrices that are learnt decay, norms and biases do not (D4)."""
+    learnt = [p for p in net.parameters() if p.requires_grad]
+    matrices = [p for p in learnt if p.dim() > 1]
+    others = [p for p in learnt if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    )
+
+
+def rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: up over 1,500 steps (at most a tenth of all), then down to 0."""
+    rising = min(1500, max(steps // 10, 1))
+    return min(1.0, (step + 1) / rising) * (1 - step / steps)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of parameters the learning rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+
+
+def epoch_random(stage: str, epoch: int, settings: Settings) -> torch.Generator:
+    """The random numbers of this process in an epoch.
+
+    Dropout draws from torch's own generator, which is seeded here too, so that an epoch of a
+    resumed run is the same.
+    """
+    random = generator("cpu", settings.seed, stage, epoch, settings.world.rank)
+    torch.manual_seed(random.initial_seed())
+    return random
+
+
+def train_saliency(
+    stage: str,
+    net: SDGSOD,
+    settings: Settings,
+    schedule: Schedule,
+    bce: str,
+    cut: float,
+    maps: str,
+) -> None:
+    """Stages sod, control and guide: learn masks, in stage guide with the map of each photo.
+
+    bce: see `structure_loss`. cut: most that a crop leaves out of either axis. maps: the map that
+    guides a photo, "own", "other", or "live", the own one described anew in every step (D10).
+    """
+    photos = open_set(settings.data, settings.data_root)
+    folder = settings.out / stage
+    bank = Bank(photos, settings.size, settings.device, folder, parts=("image", "mask"))
+    if not bank.has["mask"].all():
+        raise UserError(f"--data {settings.data}: not every picture has a mask")
+    optimiser = make_optimiser(net)
+    run = Run(settings, stage, bank, net, optimiser, schedule, folder=stage, extra=plan_of(net))
+    saliency = partial(saliency_logit, net, amp=settings.amp)
+    watch = harness.Watch(judging("mask", settings))
+
+    # With --resume, `Run` has restored the captioner, so the maps are made after it.
+    guided = stage == "guide" and maps != "live"
+    guidance = make_maps(maps, net.captioner, bank, settings) if guided else None
+
+    for epoch in run.epochs():
+        random = epoch_random(stage, epoch, settings)
+        for index, flip in run.batches():
+            lr = schedule.lr * rate(run.step, schedule.epochs * run.steps)
+            set_rate(optimiser, lr)
+
+            box = draw_crops(len(index), cut, random)
+            image = crop(bank.images(index, flip), box)  # [B, 3, S, S]
+            mask = crop(bank.masks(index, flip), box)  # [B, 1, S, S]
+            m = None
+            if guided:
+                m = crop(read_maps(guidance, index, flip), box)  # [B, 1, 7, 7]
+
+            with autocast(settings.device, settings.amp):
+                logit = run.net(image, m)  # [B, 1, S, S]
+            loss = structure_loss(logit, mask, bce)
+
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            run.add(loss=loss)
+
+        run.end_epoch(lr=lr, **watch(saliency, run.picture))
+
+
+def train_captioner(
+    net: Captioner, settings: Settings, schedule: Schedule, bank: Bank, texts: list[list[str]]
+) -> None:
+    """Stage caption: learn to predict the next word of captions, forward and backward.
+
+    bank: the photos at 224 x 224. texts: all captions of each of them.
+    """
+    tokens, counts = tokenise(texts, net.lexicon)  # [N, most captions, 30], [N]
+    mirror = captions.mirrored(net.lexicon)  # [V]
+    optimiser = make_optimiser(net)
+    extra = plan_of(net)
+    run = Run(settings, "caption", bank, net, optimiser, schedule, folder="caption", extra=extra)
+
+    for epoch in run.epochs():
+        random = epoch_random("caption", epoch, settings)
+        for index, flip in run.batches():
+            lr = schedule.lr * rate(run.step, schedule.epochs * run.steps)
+            set_rate(optimiser, lr)
+
+            # One of each photo's captions; if the photo is mirrored, left and right change places.
+            which = torch.rand(len(index), generator=random) * counts[index]
+            said = tokens[index, which.long()]  # [B, 30]
+            said = torch.where(flip[:, None], mirror[said], said)
+            longest = int((said != PAD).sum(1).max())
+            said = said[:, :longest].to(settings.device, non_blocking=True)  # [B, T]
+
+            with autocast(settings.device, settings.amp):
+                logits = run.net(bank.images(index, flip), said)  # 2 x [B, T, V]
+            loss = caption_loss(logits, said)
+
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            run.add(loss=loss)
+
+        run.end_epoch(lr=lr)
+
+
+def captioned_bank(spec: str, settings: Settings) -> tuple[Bank, list[list[str]]]:
+    """The photos of a set at 224 x 224, and all captions of each of them."""
+    photos = captions.Collector(open_set(spec, settings.data_root, masks=False))
+    bank = Bank(photos, GRID, settings.device, settings.out / "caption")
+    if not all(photos.captions):
+        raise UserError(f"--captions {spec}: not every picture has a caption")
+    return bank, photos.captions
+
+
+# ---- Maps that guide -----------------------------------------------------------------------------
+@torch.no_grad()
+def own_maps(captioner: Captioner, bank: Bank, settings: Settings) -> Tensor:
+    """The guidance of every photo, 49 numbers each. [N, 1, 7, 7] on the device"""
+    captioner.eval()
+    world = settings.world
+    mine = world.share(torch.arange(len(bank)))
+    parts = []
+    for index in progress(mine.split(settings.batch_size), "guidance"):
+        with autocast(settings.device, settings.amp):
+            parts.append(captioner.guidance(bank.images(index)).cpu())
+        if settings.dry_run and len(parts) == 2:
+            break
+
+    # Each process has described its share; after a dry run the others' maps stay 0.
+    maps = torch.zeros(len(bank), *parts[0].shape[1:])
+    for rank, part in enumerate(world.gather(torch.cat(parts))):
+        maps[rank :: world.size][: len(part)] = part
+    return maps.to(settings.device)
+
+
+def make_maps(kind: str, captioner: Captioner, bank: Bank, settings: Settings) -> Tensor:
+    """The map that guides each photo, of the kind that --maps names. [N, 1, 7, 7]"""
+    maps = own_maps(captioner, bank, settings)
+    return maps.roll(1, 0) if kind == "other" else maps
+
+
+def read_maps(maps: Tensor, index: Tensor, flip: Tensor) -> Tensor:
+    """Those of index [B] (on the CPU), mirrored where `flip`. [B, 1, 7, 7]"""
+    m = maps[index.to(maps.device, non_blocking=True)]
+    flip = flip.to(maps.device, non_blocking=True).view(-1, 1, 1, 1)
+    return torch.where(flip, m.flip(3), m)
+
+
+# ---- Where a stage starts ------------------------------------------------------------------------
+class Plan(NamedTuple):
+    """What a captioner is made of, besides its weights. Its checkpoints hold this, too."""
+
+    lexicon: list[str]
+    hidden: int
+    layers: int
+    taps: int
+    plain_grid: bool
+    backbone: str
+    pixels: str
+    borders: str
+
+
+def plan_of(net: SDGSOD | Captioner) -> dict:
+    """What the checkpoint of a network has to tell about its captioner, if it has one."""
+    captioner = net.captioner if isinstance(net, SDGSOD) else net
+    return {"captioner_plan": captioner.plan._asdict()} if captioner else {}
+
+
+def read_plan(saved: dict, path: str | Path) -> Plan:
+    """The plan in a checkpoint of stage caption or guide; raises `UserError` if it has none."""
+    plan = saved["args"].get("captioner_plan")
+    if not isinstance(plan, dict) or set(plan) != set(Plan._fields):
+        raise UserError(f"{path} was made by another version: it lacks the plan of its captioner")
+    return Plan(**plan)
+
+
+def make_captioner(plan: Plan, args: argparse.Namespace, weights: str | None) -> Captioner:
+    """A captioner on the CPU, untrained except for its CNN; `weights` as for `backbone`."""
+    kept = weights != "none"  # D5: statistics of BatchNorm that came with weights are kept
+    encoder = backbone(plan.backbone, weights, plan.pixels, kept, borders=plan.borders)
+    captioner = Captioner(
         encoder,
-        len(args.lexicon),
-        args.hidden,
-        args.layers,
-        args.taps,
-        args.plain_grid,
+        plan.lexicon,
+        plan.hidden,
+        plan.layers,
+        plan.taps,
+        plan.plain_grid,
         args.attn_row,
         args.beam,
         args.released,
     )
+    captioner.plan = plan
+    return captioner
+
+
+def make_new_captioner(lexicon: list[str], args: argparse.Namespace) -> Captioner:
+    """The captioner that stage caption starts from, on the CPU."""
+    given = {name: getattr(args, name) for name in Plan._fields if name != "lexicon"}
+    usual = "imagenet" if args.backbone == "resnet50" else None
+    captioner = make_captioner(Plan(lexicon, **given), args, args.backbone_weights or usual)
+    captioner.encoder.requires_grad_(not args.freeze)
+    return captioner
 
 
 def load_captioner(
     path: str | Path, args: argparse.Namespace, saved: dict | None = None
 ) -> Captioner:
-    """The captioner of a checkpoint (`saved` if it has been read), ours or VirTex's; sets the flags
-    that describe it. --vocabulary replaces its words."""
+    """The captioner of a checkpoint (`saved` if it has been read), ours or VirTex's.
+
+    --vocabulary replaces its words.
+    """
     saved = saved or runtime.torch_load(path)
     if "method" in saved:
-        of = f"{saved['method']} stage {saved.get('stage')}"
-        if of != "sdg_sod stage caption":
-            raise UserError(f"{path} is a checkpoint of {of}, not of sdg_sod stage caption")
+        runtime.check_checkpoint(saved, path, METHOD, "caption")
         state = saved["model"]
-        for name in CAPTIONER:
-            setattr(args, name, saved["args"][name])
+        plan = read_plan(saved, path)
     else:
-        state = saved.get("model", saved)
-        state = virtex_state(state) if isinstance(state, dict) else {}
-        if getattr(state.get("words.weight"), "ndim", 0) != 2:
-            raise UserError(f"{path} holds neither a captioner of sdg_sod.py nor one of VirTex")
-        count, args.hidden = state["words.weight"].shape
-        args.layers = len({key.split(".")[1] for key in state if key.startswith("forwards.")})
-        args.backbone, args.pixels, args.borders = "resnet50", "imagenet", "zeros"
-        args.taps, args.plain_grid = 1, True
-        args.lexicon = captions.numbers(count)
-    if args.vocabulary:
-        args.lexicon = captions.read_vocabulary(args.vocabulary, len(args.lexicon))
-    captioner = make_captioner(args, "none")
+        state = virtex_state(named_tensors(saved.get("model", saved), path))
+        plan = virtex_plan(state, path)
+    plan = with_vocabulary(plan, args.vocabulary)
+    captioner = make_captioner(plan, args, "none")
     runtime.load_state(captioner, state, path)
     return captioner
 
 
-def caption_task(args: argparse.Namespace, folder: Path) -> tuple[Captioner, Bank, Loss]:
-    """Network, photos and loss of stage caption."""
-    heard = captions.Overheard(open_set(args.captions, args.data_root, masks=False))
-    bank = Bank(heard, GRID, args.device, folder)
-    if not all(heard.captions):
-        raise UserError(f"--captions {args.captions}: not every picture has a caption")
-    args.lexicon = captions.vocabulary(heard.captions)
-    tokens, counts = tokenise(heard.captions, args.lexicon)
-    mirror = captions.mirrored(args.lexicon)
-    net = make_captioner(args).to(args.device)
-    net.encoder.requires_grad_(not args.freeze)
-
-    def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
-        which = torch.rand(len(index), generator=random) * counts[index]
-        said = tokens[index, which.long()]  # [B, 30]
-        said = torch.where(flip[:, None], mirror[said], said)
-        said = said[:, : int((said != PAD).sum(1).max())]  # the longest one's length
-        said = said.to(args.device, non_blocking=True)
-        with autocast(args.device, args.amp):
-            logits = net(bank.images(index, flip), said)
-        return caption_loss(logits, said)
-
-    return net, bank, loss
+def virtex_plan(state: dict[str, Tensor], path: str | Path) -> Plan:
+    """The plan of VirTex's captioner, told by its weights; raises `UserError`."""
+    words = state.get("words.weight")
+    if words is None or words.ndim != 2 or words.shape[1] % 64:
+        raise UserError(f"{path} holds neither a captioner of sdg_sod.py nor one of VirTex")
+    layers = {key.split(".")[1] for key in state if key.startswith("forwards.")}
+    return Plan(
+        lexicon=captions.numbers(len(words)),
+        hidden=words.shape[1],
+        layers=len(layers),
+        taps=1,
+        plain_grid=True,
+        backbone="resnet50",
+        pixels="imagenet",
+        borders="zeros",
+    )
 
 
-def make_net(stage: str, args: argparse.Namespace, captioner: Captioner | None = None) -> SDGSOD:
-    """An untrained saliency network on the CPU; that of stage guide needs a captioner."""
-    encoder, guidance = MiT(args.encoder), None
-    if args.decoder in ("mlp", "literal"):
-        decoder = MLPDecoder(encoder.channels, args.width, args.decoder == "literal")
-    else:
-        decoder = ContextDecoder(args.decoder, encoder.channels, args.width)
-    if stage == "guide":
-        guidance = Guidance(encoder.channels, args.scales, args.attn_norm, args.xi_init == "zero")
-    return SDGSOD(encoder, decoder, guidance, captioner)
+def with_vocabulary(plan: Plan, file: str | None) -> Plan:
+    """The plan with the words that --vocabulary names."""
+    if file is None:
+        return plan
+    return plan._replace(lexicon=captions.read_vocabulary(file, len(plan.lexicon)))
 
 
 @contextmanager
@@ -723,65 +1058,68 @@ def naming(flag: str) -> Iterator[None]:
         raise UserError(f"--{flag}: {error}") from None
 
 
-def load_encoder(encoder: MiT, args: argparse.Namespace) -> None:
-    """Fill the encoder from --encoder-weights; raises `UserError` unless every key has its place"""
-    weights = args.encoder_weights or ("none" if args.encoder == "mit_tiny" else None)
-    if weights is None:
+def load_encoder(encoder: MiT, name: str, weights: str | None) -> None:
+    """Fill an encoder from --encoder-weights; raises `UserError` unless every key has its place."""
+    if weights is None and name != "mit_tiny":
         raise UserError(
-            f"--encoder-weights: give a file with the weights of {args.encoder} (from "
-            "smp-hub or nvidia on huggingface.co, or OpenMMLab), or none"
+            f"--encoder-weights: give a file with the weights of {name} (from smp-hub or nvidia on "
+            "huggingface.co, or OpenMMLab), or none"
         )
-    if weights != "none":
+    if weights not in (None, "none"):
         with naming("encoder-weights"):
             runtime.load_state(encoder, mit_state(read_state(weights)), weights, MIT_HEADS)
 
 
-def find(flag: str, stage: str, args: argparse.Namespace) -> Path:
-    """The file that --sod, --pretrained or --captioner names, else last.pt of that stage's run."""
-    given = getattr(args, flag)
-    path = Path(given or args.out / stage / "last.pt")
+def load_sod(flag: str, path: str | Path, args: argparse.Namespace) -> SDGSOD:
+    """The PVT-SOD in a checkpoint of stage sod, which the flag (--sod, --pretrained) names."""
+    with naming(flag):
+        saved = runtime.load_checkpoint(path, METHOD, "sod")
+        other = []
+        for name in ("encoder", "decoder", "width"):
+            value = saved["args"].get(name)
+            if value != getattr(args, name):
+                other.append(f"--{name} {value}")
+        if other:
+            raise UserError(f"{path} was trained with {', '.join(other)}: give the same flags")
+        net = make_net(args)
+        runtime.load_state(net, saved["model"], path)
+    return net
+
+
+def find(given: str | None, stage: str, settings: Settings) -> Path:
+    """The file that a flag names, else last.pt of an earlier stage of this run."""
+    path = Path(given or settings.out / stage / "last.pt")
     if not given and not path.exists():
         raise UserError(
             f"there is no {path}; make it: python sdg_sod.py --stage {stage} "
-            f"--data {args.data} --out {args.out}"
+            f"--data {settings.data} --out {settings.out}"
         )
     return path
 
 
-def load_sod(flag: str, args: argparse.Namespace) -> dict[str, Tensor]:
-    """State dict of the PVT-SOD that --sod or --pretrained names; raises `UserError`."""
-    path = find(flag, "sod", args)
-    with naming(flag):
-        saved = runtime.load_checkpoint(path, "sdg_sod", "sod")
-        other = [
-            f"--{name} {saved['args'][name]}"
-            for name in ("encoder", "decoder", "width")
-            if saved["args"][name] != getattr(args, name)
-        ]
-        if other:
-            raise UserError(f"{path} was trained with {', '.join(other)}: give the same flags")
-    return saved["model"]
-
-
-def start_net(stage: str, args: argparse.Namespace) -> SDGSOD:
+def make_start(stage: str, args: argparse.Namespace, settings: Settings) -> SDGSOD:
     """The network of stage sod, control or guide, with the weights that the stage starts from."""
-    if stage == "sod" and not args.pretrained:
-        net = make_net(stage, args)
-        load_encoder(net.encoder, args)
+    if stage == "sod" and args.pretrained:
+        return load_sod("pretrained", args.pretrained, args)
+    if stage == "sod":
+        net = make_net(args)
+        load_encoder(net.encoder, args.encoder, args.encoder_weights)
         return net
-    flag, captioner = "pretrained" if stage == "sod" else "sod", None
-    state = load_sod(flag, args)
-    if stage == "guide":
-        with naming("captioner"):
-            captioner = load_captioner(find("captioner", "caption", args), args)
-    net = make_net(stage, args, captioner)
-    new = {k: v for k, v in net.state_dict().items() if k.startswith(("guidance.", "captioner."))}
-    runtime.load_state(net, {**new, **state}, f"the file of --{flag}")
-    return net
+    path = find(args.sod, "sod", settings)
+    if stage == "control":
+        return load_sod("sod", path, args)
+    with naming("captioner"):
+        captioner = load_captioner(find(args.captioner, "caption", settings), args)
+    return make_guided(load_sod("sod", path, args), captioner, args)
 
 
-def check_files(stages: Sequence[str], args: argparse.Namespace) -> None:
-    """Raise `UserError` now for a file or a set that a later stage would refuse after hours."""
+def check_start(stages: Sequence[str], args: argparse.Namespace, settings: Settings) -> None:
+    """Raise `UserError` now for what a stage would refuse, perhaps after hours of training."""
+    if set(stages) - {"caption"}:
+        dataset = open_set(args.data, args.data_root)
+        if dataset[0]["mask"] is None:
+            raise UserError(f"--data {args.data}: not every picture has a mask")
+        check_batch(min(args.batch_size, len(dataset)), args.decoder, args.size, settings)
     if "caption" in stages:
         if open_set(args.captions, args.data_root, masks=False)[0]["caption"] is None:
             raise UserError(f"--captions {args.captions}: not every picture has a caption")
@@ -789,328 +1127,230 @@ def check_files(stages: Sequence[str], args: argparse.Namespace) -> None:
             raise UserError(
                 "--vocabulary is for VirTex's captioner (--captioner FILE): ours knows its words"
             )
-        make_backbone(args)
-    if {"control", "guide"} & set(stages[1:]):
-        open_set(args.data, args.data_root)
-        if args.sod:
-            load_sod("sod", args)
-        if args.captioner:
-            with naming("captioner"):  # a copy: its flags shall not become those of other stages
-                load_captioner(args.captioner, argparse.Namespace(**vars(args)))
+        make_new_captioner(captions.numbers(3), args)
+
+    # Files that the first stage does not read itself.
+    if args.sod and {"control", "guide"} & set(stages[1:]):
+        load_sod("sod", args.sod, args)
+    if args.captioner and "guide" in stages[1:]:
+        with naming("captioner"):
+            load_captioner(args.captioner, args)
 
 
-def sod_task(stage: str, args: argparse.Namespace, folder: Path) -> tuple[SDGSOD, Bank, Loss]:
-    """Network, number of images and loss of the stages sod, control and guide."""
-    dataset = open_set(args.data, args.data_root)
-    if (
-        args.decoder in ("psp", "aspp", "apc")
-        and min(args.batch_size, len(dataset)) < 2 * args.world.size
-    ):
+def check_batch(batch: int, decoder: str, size: int, settings: Settings) -> None:
+    """Raise `UserError` if BatchNorm would see one value per channel in a process.
+
+    psp, aspp and apc normalise means over whole photos, ann its deepest map, which has one cell at
+    32 pixels.
+    """
+    single = decoder in ("psp", "aspp", "apc") or decoder == "ann" and size == 32
+    if single and batch < 2 * settings.world.size:
         raise UserError(
-            f"--decoder {args.decoder} normalises over a batch what it sees of whole "
-            "photos: it needs at least two in each process's share of --batch-size"
+            f"--decoder {decoder} normalises over a batch what it sees of whole photos: it needs "
+            "at least two in each process's share of --batch-size"
         )
-    sdg = start_net(stage, args).to(args.device)
-    bank = Bank(dataset, args.size, args.device, folder, parts=("image", "mask"))
-    if not bank.has["mask"].all():
-        raise UserError(f"--data {args.data}: not every picture has a mask")
-
-    @cache
-    def guidance() -> Tensor:
-        """[N, 1, 7, 7], made on first use: --resume restores the captioner before."""
-        maps = map_bank(sdg.captioner, bank, args)
-        return maps.roll(1, 0) if args.maps == "other" else maps
-
-    def loss(net: nn.Module, index: Tensor, flip: Tensor, random: torch.Generator) -> Tensor:
-        box, m = draw_crops(len(index), args.crop, random), None
-        image, mask = (crop(x, box) for x in (bank.images(index, flip), bank.masks(index, flip)))
-        if stage == "guide" and not args.live:
-            m = guidance()[index.to(args.device, non_blocking=True)]  # [B, 1, 7, 7]
-            mirrored = flip.to(args.device, non_blocking=True).view(-1, 1, 1, 1)
-            m = crop(torch.where(mirrored, m.flip(3), m), box)
-        with autocast(args.device, args.amp):
-            logit = net(image, m)
-        return structure_loss(logit, mask, args.bce)
-
-    return sdg, bank, loss
-
-
-@torch.no_grad()
-def map_bank(captioner: Captioner, bank: Bank, args: argparse.Namespace) -> Tensor:
-    """The guidance of every image, 49 numbers each. [N, 1, 7, 7] on the device"""
-    captioner.eval()
-    mine, parts = args.world.share(torch.arange(len(bank))), []
-    for index in progress(mine.split(args.batch_size), "guidance"):
-        with autocast(args.device, args.amp):
-            parts.append(captioner.guidance(bank.images(index)).cpu())
-        if args.dry_run and len(parts) == 2:
-            break
-    maps = torch.zeros(len(bank), *parts[0].shape[1:])
-    for rank, part in enumerate(args.world.gather(torch.cat(parts))):
-        maps[rank :: args.world.size][: len(part)] = part
-    return maps.to(args.device)
-
-
-def rate(step: int, steps: int) -> float:
-    """Factor of the learning rate: up over 1,500 steps (at most a tenth of all), then down to 0."""
-    return min(1.0, (step + 1) / min(1500, max(steps // 10, 1))) * (1 - step / steps)
-
-
-def train(stage: str, args: argparse.Namespace) -> nn.Module:
-    """Train one stage from its start or, with --resume, from last.pt."""
-    world, folder, at = args.world, args.out / stage, STAGES.index(stage)
-    epochs, args.lexicon = args.epochs[at], None  # the stages caption and guide set the lexicon
-    torch.manual_seed(args.seed)
-    net, bank, loss = (
-        caption_task(args, folder) if stage == "caption" else sod_task(stage, args, folder)
-    )
-    if args.compile:
-        net.compile()
-    learnt = [p for p in net.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        [  # matrices decay, norms and biases do not
-            {"params": [p for p in learnt if p.dim() > 1], "weight_decay": 0.01},
-            {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0},
-        ]
-    )
-    flags = harness.plain_flags(args, bank.names) | {"epochs": epochs, "lr": args.lr[at]}
-    short = {name: value for name, value in flags.items() if name != "lexicon"}  # 10,000 words
-    check_lexicon(stage, args)
-    done = harness.resume(folder, "sdg_sod", stage, short, net, optimiser)
-    harness.save_args(short, args, folder)
-    log = runtime.Log(folder, epochs, done, quiet=not world.main)
-    parallel = world.parallel(net)
-    watch = None if stage == "caption" else harness.Watch(judging(stage, args))
-    for epoch in range(done + 1, epochs + 1):
-        net.train()
-        mean, images = train_epoch(stage, parallel, loss, optimiser, len(bank), epoch, args)
-        runtime.require_finite(mean, epoch)
-        world.average_statistics(net)  # D11
-        picture = folder / "vis" / f"epoch_{epoch:03d}.png"
-        seen = watch(partial(forward, net, args=args), picture) if watch else {}
-        log.epoch(epoch, images, loss=mean, lr=optimiser.param_groups[0]["lr"], **seen)
-        if world.main:
-            harness.save(folder, "sdg_sod", stage, epoch, flags, net, optimiser)
-        world.barrier()
-    return net
-
-
-def check_lexicon(stage: str, args: argparse.Namespace) -> None:
-    """Raise `UserError` if --resume would go on with a captioner of another vocabulary."""
-    path = args.out / stage / "last.pt"
-    if args.lexicon and args.resume and path.exists():
-        was = runtime.load_checkpoint(path, "sdg_sod", stage)["args"]["lexicon"]
-        if was != args.lexicon:
-            source = "captions" if stage == "caption" else "captioner"
-            raise UserError(
-                f"{path}: the captioner's vocabulary is another; give --resume the "
-                f"same --{source}, or another --out for a new run"
-            )
-
-
-def train_epoch(
-    stage: str,
-    net: nn.Module,
-    loss: Loss,
-    optimiser: torch.optim.Optimizer,
-    count: int,
-    epoch: int,
-    args: argparse.Namespace,
-) -> tuple[float, int]:
-    """One pass over `count` images: (mean loss, number of images)."""
-    world, total, done = args.world, torch.zeros((), device=args.device), 0
-    order, batch = epoch_order(count, args.batch_size, args.seed, epoch, world)
-    steps, at = len(order) // batch, STAGES.index(stage)
-    random = generator("cpu", args.seed, stage, epoch, world.rank)
-    torch.manual_seed(random.initial_seed())  # dropout of a resumed epoch shall be the same
-    for index, flip in progress(
-        batches(order, batch, args.seed, epoch, world), f"{stage} epoch {epoch}", steps
-    ):
-        for group in optimiser.param_groups:
-            group["lr"] = args.lr[at] * rate((epoch - 1) * steps + done, args.epochs[at] * steps)
-        value = loss(net, index, flip, random)
-        optimiser.zero_grad()
-        value.backward()
-        optimiser.step()
-        total, done = total + value.detach(), done + 1
-        if args.dry_run and done == 2:
-            break
-    return sum(world.gather(float(total) / done)) / world.size, done * batch
 
 
 # ---- Evaluation and prediction -------------------------------------------------------------------
-def judging(stage: str, args: argparse.Namespace) -> argparse.Namespace:
-    """The flags with those --eval sets alone that judge a stage: with captions, or with masks."""
-    part = "caption" if stage == "caption" else "mask"
-    sets = [spec for spec in args.eval if open_set(spec, args.data_root)[0][part] is not None]
-    return argparse.Namespace(**{**vars(args), "eval": sets})
+def judging(part: str, settings: Settings) -> Settings:
+    """The settings with those --eval sets alone that have a "caption" or a "mask"."""
+    sets = []
+    for spec in settings.eval:
+        if open_set(spec, settings.data_root)[0][part] is not None:
+            sets.append(spec)
+    return dataclasses.replace(settings, eval=sets)
 
 
 @torch.no_grad()
-def forward(
-    net: SDGSOD, image: Tensor, args: argparse.Namespace, m: Tensor | None = None
-) -> Tensor:
+def saliency_logit(net: SDGSOD, image: Tensor, amp: str, m: Tensor | None = None) -> Tensor:
     """Saliency logit [B, 1, H, W], in eval mode; m: see `SDGSOD.forward`."""
     net.eval()
-    with autocast(args.device, args.amp):
+    with autocast(image.device, amp):
         return net(image, m)
 
 
 @torch.no_grad()
 def describe(
-    captioner: Captioner, image: Tensor, args: argparse.Namespace
+    captioner: Captioner, image: Tensor, amp: str
 ) -> tuple[list[tuple[list[str], Tensor]], Tensor]:
     """Images [B, 3, S, S] -> of each the words and their maps [words, 7, 7]; the sums of the maps
     [B, 1, 7, 7]."""
     captioner.eval()
-    with autocast(args.device, args.amp):
-        tokens, maps = captioner.look(image)
-    said = [captions.spoken(*one, args.lexicon) for one in zip(tokens, maps)]
-    return said, maps.sum(1, keepdim=True)
+    with autocast(image.device, amp):
+        tokens, maps = captioner.attend(image)
+    described = []
+    for token, each in zip(tokens, maps):
+        described.append(captions.spoken(token, each, captioner.lexicon))
+    return described, maps.sum(1, keepdim=True)
+
+
+def evaluate(stage: str, net: SDGSOD, settings: Settings) -> harness.Results:
+    """Saliency scores of the --eval sets with masks."""
+    saliency = partial(saliency_logit, net, amp=settings.amp)
+    return harness.evaluate(saliency, judging("mask", settings), settings.out / stage, f"-{stage}")
 
 
 @torch.no_grad()
-def study(captioner: Captioner, args: argparse.Namespace, folder: Path) -> None:
-    """Describe the photos of every --eval set, print and save the scores, draw eight photos."""
-    for spec in args.eval:
-        dataset = open_set(spec, args.data_root)
+def study(captioner: Captioner, settings: Settings) -> None:
+    """Describe the photos of the --eval sets with captions: scores, and pictures of eight photos.
+
+    Writes <out>/caption/captions-<set>.json and <out>/caption/vis/<stem>.png.
+    """
+    folder = settings.out / "caption"
+    for spec in judging("caption", settings).eval:
+        dataset = open_set(spec, settings.data_root)
         scores = captions.Scores(dataset)
-        for samples, images in harness.batches_of(dataset, args, f"describe {dataset.title}"):
-            found, _ = describe(captioner, images, args)
-            for sample, image, (said, maps) in zip(samples, images, found):
+        for samples, images in harness.batches_of(dataset, settings, f"describe {dataset.title}"):
+            described, _ = describe(captioner, images, settings.amp)
+            for sample, image, (said, maps) in zip(samples, images, described):
                 scores.add(sample, said, maps)
                 if len(scores.texts) <= 8:
-                    save_png(
-                        folder / "vis" / f"{sample['name']}.png",
-                        captions.draw_words([image], said, maps),
-                    )
-            if captions.whole(args.lexicon) and all(sample["caption"] for sample in samples):
-                first = tokenise([s["caption"][:1] for s in samples], args.lexicon)[0][:, 0]
-                logit = captioner.read(captioner.see(images), first.to(args.device))[0]
+                    picture = captions.draw_words([image], said, maps)
+                    save_png(folder / "vis" / f"{sample['name']}.png", picture)
+
+            # How well is the next word of a true caption predicted? Pieces of words cannot tell.
+            if captions.whole(captioner.lexicon) and all(sample["caption"] for sample in samples):
+                texts = [sample["caption"][:1] for sample in samples]
+                tokens, _ = tokenise(texts, captioner.lexicon)
+                first = tokens[:, 0]  # [B, 30]
+                logit, _ = captioner.read(captioner.encode(images), first.to(settings.device))
                 scores.add_next(logit.argmax(2).cpu(), first)
-        scores.merge(args.world)
-        if args.world.main:
+
+        scores.merge(settings.world)
+        if settings.world.main:
             scores.report(folder)
 
 
-def evaluate(stage: str, net: nn.Module, args: argparse.Namespace) -> harness.Results:
-    """Saliency scores of the --eval sets with masks; of stage caption `study` prints others."""
-    args = judging(stage, args)
-    if stage == "caption":
-        study(net, args, args.out / stage)
-        return {}
-    return harness.evaluate(partial(forward, net, args=args), args, args.out / stage, f"-{stage}")
-
-
-def predict_words(net: nn.Module, args: argparse.Namespace) -> None:
+def predict_words(net: nn.Module, settings: Settings) -> None:
     """Write <out>/predict/<stem>_words.png: photo, saliency unless of stage caption, words."""
-    photos = (
-        harness.Photo(args.predict)
-        if args.predict.is_file()
-        else open_set(args.predict, args.data_root, masks=False)
-    )
+    folder = settings.out / "predict"
+    photos = harness.open_photos(settings.predict, settings.data_root, skip=folder)
     captioner = net if isinstance(net, Captioner) else net.captioner
-    for samples, images in harness.batches_of(photos, args, "words"):
-        found, m = describe(captioner, images, args)
-        logits = [] if net is captioner else forward(net, images, args, m)
-        for i, (said, maps) in enumerate(found):
-            print(f"{samples[i]['name']}: {' '.join(said)}")
-            pictures = [images[i], *(torch.sigmoid(logit) for logit in logits[i : i + 1])]
-            save_png(
-                args.out / "predict" / f"{samples[i]['name']}_words.png",
-                captions.draw_words(pictures, said, maps),
-            )
+    lines = []
+    for samples, images in harness.batches_of(photos, settings, "words"):
+        described, m = describe(captioner, images, settings.amp)
+        saliency = None
+        if net is not captioner:
+            saliency = torch.sigmoid(saliency_logit(net, images, settings.amp, m))
+        for i, (said, maps) in enumerate(described):
+            name = samples[i]["name"]
+            lines.append(f"{name}: {' '.join(said)}")
+            pictures = [images[i]]
+            if saliency is not None:
+                pictures.append(saliency[i])
+            save_png(folder / f"{name}_words.png", captions.draw_words(pictures, said, maps))
+
+    for part in settings.world.gather(lines):
+        for line in part:
+            say(line)
 
 
-def load(path: Path, args: argparse.Namespace) -> tuple[str, nn.Module]:
-    """Stage and network of one of our checkpoints, or of VirTex's."""
+def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, str, nn.Module]:
+    """The flags that fit a checkpoint, of ours or of VirTex's; its stage and its network."""
     saved = runtime.torch_load(path)
-    ours = "method" in saved
-    args.out = args.out or (
-        harness.run_of(path, STAGES) if ours else Path("runs", "sdg_sod-released")
-    )
-    if not ours or saved.get("stage") == "caption":
-        was = (
-            saved["args"]
-            if ours
-            else {**PAPER, "data": "DUTS-TR", "size": GRID, "released": args.released}
-        )
-        args.data, args.released = was["data"], was["released"]
-        for name in ("size", "beam", "attn_row"):
-            setattr(args, name, getattr(args, name) or was[name])
-        stage, net = "caption", load_captioner(path, args, saved)
+    if "method" not in saved:
+        stage = "caption"
+        out = args.out or Path("runs", "sdg_sod-released")
+        args = flags.replaced(args, data="DUTS-TR", size=args.size or GRID, out=out)
     else:
-        names = (
-            *CAPTIONER,
-            "encoder",
-            "decoder",
-            "width",
-            "scales",
-            "attn_norm",
-            "attn_row",
-            "released",
-            "data",
-        )
-        saved = harness.restore(path, "sdg_sod", args, names, ("size", "beam"))
-        stage, captioner = saved["stage"], None
-        if stage == "guide":
-            if args.vocabulary:
-                args.lexicon = captions.read_vocabulary(args.vocabulary, len(args.lexicon))
-            captioner = make_captioner(args, "none")
-        net = make_net(stage, args, captioner)
-        runtime.load_state(net, saved["model"], path)
-    fill_defaults(args)
-    harness.prepare(args, "sdg_sod", captions=True)
-    return stage, net.to(args.device)
+        runtime.check_checkpoint(saved, path, METHOD)
+        stage = saved["stage"]
+        fixed = ["data", "released"]
+        if stage != "caption":
+            fixed += "encoder decoder width scales attn_norm attn_row".split()
+        args = flags.saved_flags(args, saved, fixed, free=["size", "beam", "attn_row"])
+        args = flags.replaced(args, out=args.out or flags.run_of(path, STAGES))
+    args = complete(args)
+
+    if stage == "caption":
+        return args, stage, load_captioner(path, args, saved)
+    net = make_net(args)
+    if stage == "guide":
+        plan = with_vocabulary(read_plan(saved, path), args.vocabulary)
+        net = make_guided(net, make_captioner(plan, args, "none"), args)
+    runtime.load_state(net, saved["model"], path)
+    return args, stage, net
 
 
 # ---- Main ----------------------------------------------------------------------------------------
+def use(args: argparse.Namespace) -> None:
+    """Evaluate or predict with a checkpoint: that of --weights, or of the run folder."""
+    folder = flags.run_folder(args, METHOD)
+    path = args.weights or folder / (args.stage or "guide") / "last.pt"
+    args, stage, net = load(path, flags.replaced(args, weights=path))
+    if args.words and stage in ("sod", "control"):
+        raise UserError(
+            f"--words: {path} is of stage {stage}, which knows no words; give a checkpoint of "
+            "stage caption or guide"
+        )
+    settings = flags.settle(args, METHOD, captions=True)
+    net = settings.place(net, channels_last=False)
+    check_judges(stage, settings)
+    if stage == "caption":
+        study(net, settings)
+    else:
+        results = evaluate(stage, net, settings)
+        harness.save_results(results, settings, settings.out / stage)
+    if args.predict and stage != "caption":
+        harness.predict(partial(saliency_logit, net, amp=settings.amp), settings)
+    if args.predict and (stage == "caption" or args.words):
+        predict_words(net, settings)
+
+
+def check_judges(stage: str, settings: Settings) -> None:
+    """Raise `UserError` if there are --eval sets, but none of them can judge a stage."""
+    part = "caption" if stage == "caption" else "mask"
+    if settings.eval and not judging(part, settings).eval:
+        raise UserError(
+            f"--eval {' '.join(settings.eval)}: stage {stage} is judged by {part}s, which these "
+            "sets lack"
+        )
+
+
+def stages_to_train(args: argparse.Namespace) -> list[str]:
+    """--stage; else all stages but those whose result was given, control on shapes alone."""
+    if args.stage:
+        return [args.stage]
+    given = {"sod": args.sod, "caption": args.captioner}
+    stages = [stage for stage in STAGES if not given.get(stage)]
+    if not flags.is_shapes(args.data):
+        stages.remove("control")
+    return stages
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
     args = build_parser().parse_args(argv)
-    args.lexicon = None
     if args.weights or args.predict:
-        run = harness.run_folder(args, "sdg_sod")
-        args.weights = args.weights or run / (args.stage or "guide") / "last.pt"
-        stage, net = load(args.weights, args)
-        if args.words and stage in ("sod", "control"):
-            raise UserError(
-                f"--words: {args.weights} is of stage {stage}, which knows no words; "
-                "give a checkpoint of stage caption or guide"
-            )
-        if not args.predict:
-            if args.eval and not judging(stage, args).eval:
-                part = "captions" if stage == "caption" else "masks"
-                raise UserError(
-                    f"--eval {' '.join(args.eval)}: stage {stage} is judged by {part}, "
-                    "which these sets lack"
-                )
-            harness.save_results(evaluate(stage, net, args), args, args.out / stage)
-        elif stage != "caption":
-            harness.predict(partial(forward, net, args=args), args)
-        if args.predict and (stage == "caption" or args.words):
-            predict_words(net, args)
+        use(args)
         return
-    fill_defaults(args)
-    harness.prepare(args, "sdg_sod", captions=True)
-    small, results = harness.is_shapes(args.data), {}
-    stages = (args.stage,) if args.stage else STAGES if small else ("sod", "caption", "guide")
-    if not args.stage:  # what was given need not be trained
-        given = {"sod": args.sod, "caption": args.captioner}
-        stages = [stage for stage in stages if not given.get(stage)]
-    check_files(stages, args)
+
+    args = complete(args)
+    flags.show_preset(args, SHAPES)
+    settings = flags.settle(args, METHOD, captions=True)
+    stages = stages_to_train(args)
+    schedules = {stage: getattr(args, f"stage_{stage}") for stage in stages}
+    check_start(stages, args, settings)
+    claim(settings, schedules)
+
+    results = {}
     for stage in stages:
-        results |= evaluate(stage, train(stage, args), args)
-        if stage != "caption":
-            harness.save_results(results, args, args.out / stage)
-    harness.gallery(
-        [
-            f"{stage}/pred/{{}}-{stage}"
-            for stage in ("sod", "control", "guide")
-            if (args.out / stage).exists()
-        ],
-        judging("sod", args),
-    )
+        torch.manual_seed(args.seed)
+        if stage == "caption":
+            bank, texts = captioned_bank(args.captions, settings)
+            net = make_new_captioner(captions.vocabulary(texts), args)
+            net = settings.place(net, channels_last=False)
+            train_captioner(net, settings, schedules[stage], bank, texts)
+            study(net, settings)
+        else:
+            net = settings.place(make_start(stage, args, settings), channels_last=False)
+            maps = "live" if args.live else args.maps
+            train_saliency(stage, net, settings, schedules[stage], args.bce, args.crop, maps)
+            results |= evaluate(stage, net, settings)
+            harness.save_results(results, settings, settings.out / stage)
+    columns = [f"{stage}/pred/{{}}-{stage}" for stage in ("sod", "control", "guide")]
+    made = [column for column in columns if (settings.out / column.split("/")[0]).exists()]
+    harness.gallery(made, judging("mask", settings))
 
 
 if __name__ == "__main__":

@@ -241,6 +241,12 @@ class Run:
                 f"{path} was trained with {other}: give the same flags to --resume, or another "
                 "--out for a new run"
             )
+        for name, value in self.extra.items():
+            if saved["args"].get(name) != value:
+                raise UserError(
+                    f"{path} was trained with another {name.replace('_', ' ')}: give --resume the "
+                    "same files, or another --out for a new run"
+                )
         runtime.load_state(self.raw, saved["model"], path)
         try:
             self.optimiser.load_state_dict(saved["optimiser"])

@@ -1,9 +1,9 @@
-"""Captions as data: words, vocabulary, tokens, scores, and pictures of where words look.
+"""Captions as data: words, vocabulary, tokens, scores, and pictures of each word's attention.
 
     words = vocabulary(captions)               # the most frequent, 10,000 with three special ones
     tokens, counts = tokenise(captions, words)  # [N, most captions, 30] and captions per photo [N]
     tokens = mirrored(words)[tokens]           # the captions of the mirrored photos
-    said, maps = spoken(tokens, maps, words)   # what a captioner wrote, and where each word looks
+    said, maps = spoken(tokens, maps, words)   # the words that a captioner wrote, a map of each
 
 Tokens are numbers of words: PAD after the end, START, the words, END. A word that is not in the
 vocabulary is left out; a caption with more than 28 words is cut and has no end.
@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from common.runtime import UserError, World, save_json
+from common.runtime import UserError, World, save_json, say
 
 PAD, START, END = 0, 1, 2
 LENGTH = 30
 
 
+# ---- Words and tokens ----------------------------------------------------------------------------
 def split(caption: str) -> list[str]:
     """'A man, sitting.' -> ['a', 'man', 'sitting']"""
     return re.findall(r"[\w'-]*\w", caption.lower())
@@ -40,16 +41,18 @@ def vocabulary(captions: Sequence[Sequence[str]], size: int = 10_000) -> list[st
 
 
 def numbers(count: int) -> list[str]:
-    """A vocabulary for want of one: each word is its number."""
+    """A stand-in vocabulary if VirTex's word list is not given: word i is printed as "i"."""
     return [str(i) for i in range(count)]
 
 
 def read_vocabulary(path: str | Path, count: int) -> list[str]:
     """The first column of a file of `count` lines (SentencePiece's .vocab); raises `UserError`."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the vocabulary {path} ({error})") from None
+    # A word may hold any other character at which splitlines() would cut.
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if len(lines) != count:
         raise UserError(
             f"{path} has {len(lines)} lines, but the captioner knows {count} words; "
@@ -69,7 +72,8 @@ def tokenise(captions: Sequence[Sequence[str]], words: list[str]) -> tuple[Tenso
     tokens = torch.zeros(len(captions), max(map(len, captions)), LENGTH, dtype=torch.long)
     for i, texts in enumerate(captions):
         for k, text in enumerate(texts):
-            row = [START, *(number[word] for word in split(text) if word in number), END][:LENGTH]
+            known = [number[word] for word in split(text) if word in number]
+            row = [START, *known, END][:LENGTH]
             tokens[i, k, : len(row)] = torch.tensor(row)
     return tokens, torch.tensor([len(texts) for texts in captions])
 
@@ -77,31 +81,38 @@ def tokenise(captions: Sequence[Sequence[str]], words: list[str]) -> tuple[Tenso
 def spoken(tokens: Tensor, maps: Tensor, words: list[str]) -> tuple[list[str], Tensor]:
     """Tokens [T] and their maps [T, h, w] -> the words among them, and the map of each.
 
-    Of SentencePiece's pieces "▁" starts a word: a word is joined, its pieces' maps are added.
+    In SentencePiece's vocabulary "▁" begins a word: its pieces are joined, and their maps added.
     """
     pieces = any(word.startswith("▁") for word in words)
-    said, looks = [], []
-    for token, look in zip(tokens.tolist(), maps):
-        if token > END and pieces and said and not words[token].startswith("▁"):
-            said[-1] += words[token]
-            looks[-1] = looks[-1] + look
-        elif token > END:
-            said.append(words[token].removeprefix("▁"))
-            looks.append(look)
-    return said, torch.stack(looks) if looks else maps[:0]
+    said = []
+    found = []
+    for token, m in zip(tokens.tolist(), maps):
+        if token <= END:
+            continue
+        word = words[token]
+        if pieces and said and not word.startswith("▁"):
+            said[-1] += word
+            found[-1] = found[-1] + m
+        else:
+            said.append(word.removeprefix("▁"))
+            found.append(m)
+    return said, torch.stack(found) if found else maps[:0]
 
 
 def mirrored(words: list[str]) -> Tensor:
     """What each token is in the caption of the mirrored photo: left is right. [V]"""
-    number, swap = {word: i for i, word in enumerate(words)}, {"left": "right", "right": "left"}
+    number = {word: i for i, word in enumerate(words)}
+    swap = {"left": "right", "right": "left"}
     return torch.tensor([number.get(swap.get(word, word), i) for i, word in enumerate(words)])
 
 
-class Overheard(Dataset):
-    """A data set that remembers the captions of all that is read from it, in `captions`."""
+class Collector(Dataset):
+    """A data set that keeps the captions of all samples that are read from it, in `captions`."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.names, self.title = dataset, dataset.names, dataset.title
+        self.dataset = dataset
+        self.names = dataset.names
+        self.title = dataset.title
         self.captions = [[] for _ in self.names]
 
     def __len__(self) -> int:
@@ -113,11 +124,14 @@ class Overheard(Dataset):
         return sample
 
 
+# ---- Scores --------------------------------------------------------------------------------------
 class Scores:
     """The captions written for a data set, by name in `texts`; `means` explains its numbers."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.sums, self.texts = dataset, Counter(), {}
+        self.dataset = dataset
+        self.sums = Counter()
+        self.texts = {}
 
     def add(self, sample: dict, said: list[str], maps: Tensor) -> None:
         """The words written for a sample, and the map of each [words, h, w]."""
@@ -128,20 +142,23 @@ class Scores:
         if hasattr(self.dataset, "objects"):
             objects = self.dataset.objects(self.dataset.names.index(sample["name"]))
             for j, word in enumerate(said):
-                kind = next((k for k in self.dataset.classes if word in (k, k + "s", k + "es")), "")
-                same = [
-                    one["mask"]
-                    for one in objects
-                    if one["class"] == kind and one["colour"] == said[max(j - 1, 0)]
-                ]
-                self.sums.update(named=kind > "")
-                if same:
-                    mask = torch.from_numpy(sum(same) > 0).to(maps)
-                    heat = F.interpolate(
-                        maps[j][None, None], mask.shape, mode="bilinear", align_corners=False
-                    )[0, 0]
-                    inside = (heat * mask).sum() / heat.sum().clamp(min=1e-9)
-                    self.sums.update(true=1, area=mask.mean().item(), inside=inside.item())
+                before = said[max(j - 1, 0)]
+                self.add_word(word, before, maps[j], objects)
+
+    def add_word(self, word: str, before: str, m: Tensor, objects: list[dict]) -> None:
+        """Compare a word, the one before it and the map with the objects of a built-in scene."""
+        kinds = [kind for kind in self.dataset.classes if word in (kind, kind + "s", kind + "es")]
+        if not kinds:
+            return
+        self.sums.update(named=1)
+        same = [o["mask"] for o in objects if o["class"] == kinds[0] and o["colour"] == before]
+        if same:
+            mask = torch.from_numpy(sum(same) > 0).to(m)
+            heat = F.interpolate(m[None, None], mask.shape, mode="bilinear", align_corners=False)[
+                0, 0
+            ]
+            inside = (heat * mask).sum() / heat.sum().clamp(min=1e-9)
+            self.sums.update(true=1, area=mask.mean().item(), inside=inside.item())
 
     def add_next(self, predicted: Tensor, tokens: Tensor) -> None:
         """What was predicted to follow each of the tokens of captions, both [B, T]."""
@@ -151,9 +168,10 @@ class Scores:
     def merge(self, world: World) -> None:
         """Add up the sums and captions of all processes."""
         self.sums = sum(world.gather(self.sums), Counter())
-        self.texts = {
-            name: said for texts in world.gather(self.texts) for name, said in texts.items()
-        }
+        texts = {}
+        for part in world.gather(self.texts):
+            texts |= part
+        self.texts = texts
 
     def means(self) -> dict[str, float]:
         """Those of the following that the data set allows.
@@ -163,35 +181,29 @@ class Scores:
         true    share of the class names, written for built-in scenes, for which an object of this
                 class has the colour named before
         inside  attention of the true names within the masks of these objects
-        area    the share of the picture that the masks cover: `inside` of a look without aim
+        area    the masks' share of the picture, which is what `inside` would be by chance
         """
-        pairs = (
-            ("next", "tokens"),
-            ("said", "words"),
-            ("true", "named"),
-            ("inside", "true"),
-            ("area", "true"),
-        )
-        return {a: self.sums[a] / self.sums[b] for a, b in pairs if self.sums[b]}
+        parts = {"next": "tokens", "said": "words", "true": "named"}
+        parts |= {"inside": "true", "area": "true"}
+        return {
+            part: self.sums[part] / self.sums[of] for part, of in parts.items() if self.sums[of]
+        }
 
     def report(self, folder: Path) -> None:
         """Print the means and five captions; write <folder>/captions-<set>.json."""
         means = self.means()
-        print(
-            f"captions of {self.dataset.title}: "
-            + ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-        )
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        say(f"captions of {self.dataset.title}: {shown}")
         for name in list(self.texts)[:5]:
-            print(f"    {name}: {' '.join(self.texts[name])}")
-        save_json(
-            folder / f"captions-{self.dataset.title}.json",
-            {"scores": means, "captions": self.texts},
-        )
+            say(f"    {name}: {' '.join(self.texts[name])}")
+        content = {"scores": means, "captions": self.texts}
+        save_json(folder / f"captions-{self.dataset.title}.json", content)
 
 
+# ---- Pictures ------------------------------------------------------------------------------------
 def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int = 160) -> Tensor:
     """A strip: pictures [C, S, S] in [0, 1], and the first again for each word, bright where its
-    map looks; maps [words, h, w]. uint8 [side + 16, side * n, 3]"""
+    map [h, w] is high; maps [words, h, w]. uint8 [side + 16, side * n, 3]"""
     cells = [TF.resize(p.cpu(), [side, side]).expand(3, -1, -1) for p in pictures]
     for m in maps.cpu().float():
         m = m / m.max().clamp(min=1e-9)
@@ -199,6 +211,8 @@ def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int 
         cells.append(cells[0] * (0.2 + 0.8 * heat))
     strip = F.pad(torch.cat(cells, 2), (0, 0, 0, 16), value=1)
     picture = Image.fromarray((strip * 255 + 0.5).byte().permute(1, 2, 0).numpy())
+
+    # Below each bright picture stands its word.
     for j, word in enumerate(said, len(pictures)):
         ImageDraw.Draw(picture).text((side * j + 4, side + 2), word, fill=(0, 0, 0))
     return TF.pil_to_tensor(picture).permute(1, 2, 0)
