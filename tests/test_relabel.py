@@ -213,6 +213,18 @@ def test_rule_5_score_by_hand():
     assert score(segment(1, box=(0, 0, 0, 0)), 1, SIZE) == pytest.approx(0.1**0.5 * 0.5)
 
 
+def test_rule_5_counts_distances_in_sides_of_the_image():
+    """SIZE is 100 high and 200 wide: the middles of all four borders are equally far."""
+    tenth = 3 * 0.1**0.5
+    middle_of_a_border = 1 - 0.5 / 0.5**0.5 / 2  # a corner is at 1, so it is at 0.70711
+    for box in ((0, 50, 0, 0), (200, 50, 0, 0), (100, 0, 0, 0), (100, 100, 0, 0)):
+        assert score(segment(1, box=box), 3, SIZE) == pytest.approx(tenth * middle_of_a_border)
+    assert tenth * middle_of_a_border == pytest.approx(0.61327, abs=1e-5)
+    # (140, 20) is 0.2 of the width and 0.3 of the height off: sqrt(0.13) / sqrt(0.5) = 0.50990
+    found = score(segment(1, box=(130, 10, 20, 20)), 3, SIZE)
+    assert found == pytest.approx(tenth * (1 - 0.50990 / 2), rel=1e-5)
+
+
 def test_rule_5_a_third_of_the_best():
     best = segment(1, area=9000)
     assert verdicts(best, segment(2, "cat", 1001), dog=4, cat=4) == ["chosen", "chosen"]
@@ -351,6 +363,37 @@ def test_vote_without_captions_is_refused(root):
     assert "captions_train2017.json" in error(relabel.main, ["--data-root", str(root), "--auto"])
 
 
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"000000000001": 3}', "[" * 100_000])
+def test_a_broken_list_of_known_objects_is_named_before_the_vote(root, content):
+    path = root / "COCO/annotations/salient_train2017.json"
+    path.write_text(content)
+    assert f"{path} does not list" in error(relabel.main, ["--data-root", str(root), "--auto"])
+    assert not list((root / "COCO/sod").rglob("*.json"))
+    path.unlink()
+    relabel.main(["--data-root", str(root), "--auto"])
+
+
+def test_a_closed_pipe_does_not_stop_the_vote(root):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data.relabel", "--data-root", str(root), "--auto"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()  # as `| head -0` would
+    assert "Error" not in process.stderr.read() and process.wait() == 0
+    assert len(list((root / "COCO/sod/masks/train2017").glob("*.png"))) == 24
+    assert (root / "COCO/sod/vote-train2017.png").exists()
+
+
+def test_the_vote_says_what_it_is_not_for(capsys):
+    with pytest.raises(SystemExit):
+        relabel.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "captions confound" in shown and "future work" in shown
+
+
 def test_vote_with_maps_and_lists(root, capsys):
     scenes = open_split(root)
     maps = root / "maps"
@@ -429,6 +472,8 @@ def test_malformed_choices_are_named(root):
     ):
         path.write_text(text)
         assert f"{scenes.names[0]}.json is not a choice" in error(Choices, scenes)
+    path.write_text('{"chosen": [], "skipped": true}')
+    assert "('by' is missing)" in error(Choices, scenes)
     path.write_text(json.dumps(good))
     (path.parent / "stranger.json").write_text("{}")  # of an image that is not in this list
     assert Choices(scenes).counts()["hand"] == 1

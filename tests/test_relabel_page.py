@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import error_line
 from PIL import Image
 
 from common.runtime import UserError
@@ -170,6 +171,44 @@ def test_a_killed_server_continues_where_it_stopped(root):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_what_cannot_be_written_is_a_sentence_in_the_page(server, root):
+    ids = [s.id for s in server.choices.scenes.segments(0)]
+    (root / "COCO/sod/masks").write_text("in the way")
+    status, answer = ask(server, "/scene/0", {"chosen": ids[:1], "skipped": False})
+    assert status == 500 and "cannot write" in json.loads(answer)["error"]
+    (root / "COCO/sod/masks").unlink()
+    told(server, "/scene/0", {"chosen": ids[:1], "skipped": False})
+    mask = root / "COCO/sod/masks/train2017/000000000001.png"
+    mask.unlink()
+    mask.mkdir()
+    status, answer = ask(server, "/scene/0", {"chosen": [], "skipped": False})
+    assert status == 500 and f"cannot remove {mask}" in json.loads(answer)["error"]
+    assert told(server, "/scene/0")["chosen"] == ids[:1]  # still as before
+
+
+def test_a_split_is_for_one_process_at_a_time(root):
+    command = [sys.executable, "-m", "data.relabel", "--data-root", str(root)]
+    page = subprocess.Popen([*command, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert "5 images" in page.stdout.readline()
+        choices = root / "COCO/sod/choices"
+        (choices / "train2017/.x.json.1.part").write_text("")  # would belong to the other process
+        second = subprocess.run([*command, "--auto"], cwd=ROOT, capture_output=True, text=True)
+        assert error_line(second) == (
+            f"another process is writing to {choices}/train2017: wait for it, or give another "
+            "--split or --data-root"
+        )
+        assert [path.name for path in choices.rglob("*.part")] == [".x.json.1.part"]
+        other = [*command, "--auto", "--split", "val2017"]
+        assert subprocess.run(other, cwd=ROOT, capture_output=True).returncode == 0
+    finally:
+        page.kill()
+        page.communicate()
+    again = subprocess.run([*command, "--auto"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr  # a killed process holds nothing
+    assert not list((root / "COCO/sod").rglob("*.part"))
 
 
 def test_control_c_stops_without_a_traceback(root, monkeypatch, capsys):
@@ -370,7 +409,10 @@ def test_a_broken_png_is_a_sentence_in_the_page(server, root):
     assert status == 500 and "000000000001.png" in json.loads(answer)["error"]
     choice = {"chosen": [server.choices.scenes.segments(0)[0].id], "skipped": False}
     assert ask(server, "/scene/0", choice)[0] == 500
-    assert not server.choices.made and not (root / "COCO/sod/choices").exists()
+    assert not server.choices.made and not list((root / "COCO/sod").rglob("*.json"))
     (root / "COCO/train2017/000000000002.jpg").unlink()
     assert ask(server, "/photo/1")[0] == 500
+    Image.new("RGB", (9, 5)).save(root / "COCO/train2017/000000000003.jpg")  # of another size
+    status, answer = ask(server, "/labels/2")
+    assert status == 500 and "000000000003.jpg is 9 x 5" in json.loads(answer)["error"]
     assert alive(server)
