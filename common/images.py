@@ -1,66 +1,269 @@
-"""Reading one picture or mask."""
+"""Reading one picture, mask or saliency map.
 
+    load_image("photo.jpg")      photo or modality -> uint8 [3, H, W]
+    load_mask("mask.png")        mask -> uint8 [1, H, W], 0 or 255, see `mask_of`
+    load_map("map.png")          saliency map or cut-out -> 8-bit grey Pillow image
+
+All of them turn a picture as its EXIF tag says, and take the first frame or page of a file that
+holds several. They raise `UserError` with a sentence that names the file.
+"""
+
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
-from common.runtime import UserError
+from common.runtime import UserError, first_line
+
+# What each value of the EXIF tag "orientation" asks for; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+HALF = 128  # grey above it is foreground, as in PySODMetrics
+COLOURED = 32  # channels that differ by more are a colour; JPEG's noise on grey stays far below
+WHITE = 240  # from here on a level is white with noise
+FEW = 16  # up to so many levels may be numbers of labels; shades of grey are more
+PAINTS = 64  # up to so many colours are paint; a photo or shaded paint has more
+VOID = (224, 224, 192)  # PASCAL VOC's colour for pixels without a label
 
 
+# ---- Pictures ------------------------------------------------------------------------------------
 def read(path: str | Path) -> Image.Image:
-    """Decode a picture and turn it as its EXIF tag says; raises `UserError`."""
+    """Decode a picture of any format that Pillow knows and turn it upright; raises `UserError`.
+
+    A full memory is not the file's fault: `MemoryError` passes.
+    """
     try:
-        with Image.open(path) as image:
+        # Pillow maps a grey TIFF that it opens by name, and then loses its rows if it is turned
+        with open(path, "rb") as file:
+            image = Image.open(file)
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
+            if image.mode in ("LAB", "HSV"):  # Pillow knows no way from these to grey
+                image = image.convert("RGB")
+            return upright(image)
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise UserError(
+            f"{path} has more than {limit} million pixels, too many to be opened without a check: "
+            "make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from None
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path} is not a picture that Pillow can read; fetch it again, convert it, or remove "
+            "it"
+        ) from None
     except Exception as error:  # broken files make Pillow raise errors of many kinds
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"cannot read {path} ({reason}); fetch it again or remove it") from None
+        if isinstance(error, OSError) and error.errno:  # from the system, not from the decoder
+            raise UserError(
+                f"cannot read {path} ({error.strerror}); check its place and its permissions"
+            ) from None
+        raise UserError(
+            f"cannot read {path}, it is damaged ({first_line(error)}); fetch it again or remove it"
+        ) from None
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow's convert() would clip at 255, scaled to 8 bits."""
-    if not image.mode.startswith("I"):
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a decoded picture as its EXIF tag says; of other tags, broken or not, nothing is read.
+
+    `ImageOps.exif_transpose` also writes the other tags back, which fails for odd ones.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # an unreadable tag asks for nothing
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def eight_bits(image: Image.Image, stretch_below: float = 0) -> Image.Image:
+    """Grey of 16 bits or floating point, which Pillow's convert() would clip at 255, as 8 bits.
+
+    Values of a photo or map go from 0 to 65,535 (floating point: to 1) and are scaled. If none
+    reaches `stretch_below` they are a sensor's numbers, such as millimetres: the smallest above 0
+    becomes 1, the largest 255, and 0, which stands for "not measured", stays 0.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.float32) / 257
+    values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+    high = values.max()
+    low = values[values > 0].min(initial=high)
+    if low < high < stretch_below:
+        values = np.where(values > 0, 1 + (values - low) * 254 / (high - low), 0)
+    elif image.mode != "F":
+        values = values / 257
+    elif high <= 1:
+        values = values * 255
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def load_grey(path: str | Path) -> Image.Image:
     """A picture of any mode as 8-bit grey, mode "L"; raises `UserError`."""
-    image = eight_bits(read(path))
-    return image if image.mode == "L" else image.convert("L")
+    return eight_bits(read(path)).convert("L")
 
 
-def load_image(path: str | Path) -> torch.Tensor:
-    """A picture of any mode -> uint8 [3, H, W] without alpha; raises `UserError`."""
-    image = eight_bits(read(path)).convert("RGB")
+def load_image(path: str | Path, stretch_below: float = 2**14) -> torch.Tensor:
+    """A picture of any mode -> uint8 [3, H, W] without alpha; raises `UserError`.
+
+    16-bit grey is scaled from 65,535 to 255. If it does not reach `stretch_below` (14 bits), it is
+    no photo but a sensor's numbers and is stretched, see `eight_bits`.
+    """
+    image = eight_bits(read(path), stretch_below).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def load_mask(path: str | Path) -> torch.Tensor:
-    """A mask -> uint8 [1, H, W], 0 background and 255 foreground; raises `UserError`.
-
-    Foreground is grey above 128 (of 255), for JPEG masks are noisy and PASCAL-S has grey levels;
-    above 0 where the largest value is 1, and in a coloured palette, whose indices number objects.
-    16-bit values, if the largest exceeds 255, are compared as rounded to 8 bits.
-    """
-    image = read(path)
-    coloured = False
-    if image.mode == "P":
-        used = np.array(image.getpalette("RGB")).reshape(-1, 3)[np.unique(image)]
-        coloured = bool((used != used[:, :1]).any())
-    values = np.asarray(image if coloured or image.mode[0] == "I" else image.convert("L"))
-    level = 128.5 * 257 if values.max() > 255 else 0 if coloured or values.max() == 1 else 128
-    return torch.from_numpy((values > level).astype(np.uint8) * 255)[None]
+def load_modality(path: str | Path) -> torch.Tensor:
+    """A depth, thermal or flow picture -> uint8 [3, H, W]; 16 bits are always stretched."""
+    return load_image(path, stretch_below=float("inf"))
 
 
 def load_map(path: str | Path) -> Image.Image:
-    """A saliency map of any mode -> 8-bit grey, mode "L"; a cut-out is read by its alpha."""
+    """A saliency map -> 8-bit grey, mode "L"; a cut-out by its alpha; raises `UserError`."""
     image = read(path)
-    if "A" in image.getbands() and image.getchannel("A").getextrema() != (255, 255):
-        return image.getchannel("A")
-    return load_grey(path)
+    alpha = alpha_of(image)
+    if alpha is not None:
+        return alpha
+    return eight_bits(image).convert("L")
+
+
+# ---- Masks ---------------------------------------------------------------------------------------
+def load_mask(path: str | Path) -> torch.Tensor:
+    """A mask -> uint8 [1, H, W], 0 background and 255 foreground, see `mask_of`."""
+    inside = mask_of(read(path), path)
+    return torch.from_numpy(inside.astype(np.uint8) * 255)[None]
+
+
+def mask_of(image: Image.Image, path: str | Path) -> np.ndarray:
+    """The foreground of a decoded mask, bool [H, W]; an empty or a full one is legal.
+
+    What it holds is decided by the set of its values:
+
+    alpha   An alpha channel that is not the same everywhere is the mask.
+    colour  Paint on black: every pixel that is not black is foreground. A palette is read by its
+            colours, in whatever order; one without black must have the background at index 0, its
+            darkest colour.
+    grey    Two levels, whatever they are: the lighter is foreground. More levels are shades, with
+            foreground above 128 of 255, unless they may be numbers of labels, see `may_be_labels`.
+
+    Raises `UserError` where this does not decide: label numbers, a void label, a photo.
+    """
+    alpha = alpha_of(image)
+    if image.mode == "P" and np.max(image) >= len(palette_of(image)):
+        image = Image.fromarray(np.array(image))  # a cut palette: its indices are all that is left
+    if image.mode in ("L", "F") or image.mode.startswith("I"):
+        return grey_mask(np.asarray(image), path)
+
+    channels = combinations(image.convert("RGB").split(), 2)
+    spread = max(ImageChops.difference(*pair).getextrema()[1] for pair in channels)
+    coloured = spread > COLOURED
+    grey = np.asarray(image.convert("L"))
+    if alpha is None:
+        return paint_mask(image, path) if coloured else grey_mask(grey, path)
+
+    inside = grey_mask(np.asarray(alpha), path)
+    levels = np.unique(grey)
+    if not coloured and len(levels) == 2 and ((grey == levels[1]) != inside).any():
+        raise unclear(path, "two different masks, one in its alpha channel and one in grey", levels)
+    return inside
+
+
+def alpha_of(image: Image.Image) -> Image.Image | None:
+    """The alpha channel as 8-bit grey if it carries a mask, else None.
+
+    It carries none if it is the same everywhere; but an invisible picture of one colour is empty.
+    """
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa"):
+        return None
+    alpha = image.getchannel(image.getbands()[-1])
+    low, high = alpha.getextrema()
+    invisible = high == 0 and image.convert("RGB").getcolors(1) is not None
+    return alpha if low < high or invisible else None
+
+
+def palette_of(image: Image.Image) -> list[tuple[int, ...]]:
+    """The colours (R, G, B) of a palette by index; none for a picture without a palette."""
+    levels = image.getpalette("RGB") or [] if image.mode == "P" else []
+    return list(zip(levels[::3], levels[1::3], levels[2::3]))
+
+
+def paint_mask(image: Image.Image, path: str | Path) -> np.ndarray:
+    """The foreground of a coloured mask, bool [H, W]; see `mask_of`."""
+    counted = image.convert("RGB").getcolors(PAINTS)
+    if counted is None:
+        raise unclear(path, f"more than {PAINTS} colours, as a photo or shaded paint does")
+    colours = [colour for _, colour in counted]
+
+    # The background is black, or the first entry of a palette if no entry is darker.
+    background = min(colours, key=max)
+    if max(background) > COLOURED:
+        first = palette_of(image)[:1]
+        if not first or max(first[0]) > max(background):
+            raise unclear(path, "colours without a black background", colours)
+        background = first[0]
+
+    # A void label is neither foreground nor background.
+    void = VOID in colours or image.mode == "P" and np.max(image) == 255
+    if void and len(colours) > 2:
+        raise unclear(path, "a void label (index 255) beside others", colours)
+    away = np.abs(np.asarray(image.convert("RGB")).astype(int) - background).max(2)
+    return away > (COLOURED if max(background) <= COLOURED else 0)
+
+
+def grey_mask(values: np.ndarray, path: str | Path) -> np.ndarray:
+    """The foreground of a mask of numbers [H, W] of any type, bool; see `mask_of`."""
+    levels = np.unique(values)
+    if not np.isfinite(levels).all():
+        raise unclear(path, "values that are not finite numbers", levels)
+
+    # The range is that of 8 bits, of 16 if a value needs it, or from 0 to 1.
+    top = 1 if levels[-1] <= 1 else 255 if levels[-1] <= 255 else 65535
+    grey = np.rint(levels * (255 / top))
+    if len(levels) == 1 and 0 < grey[0] <= HALF:
+        raise unclear(path, "one level of grey, neither black nor white", levels)
+    if len(levels) == 2 and grey[0] < WHITE:
+        return values == levels[1]
+    if len(levels) > 2 and may_be_labels(values, levels, grey):
+        raise unclear(path, "levels that may be numbers of labels", levels)
+    light = levels[grey > HALF]
+    return values >= light[0] if len(light) else np.zeros(values.shape, bool)
+
+
+def may_be_labels(values: np.ndarray, levels: np.ndarray, grey: np.ndarray) -> bool:
+    """Whether three or more levels, which are `grey` of 255, may be numbers rather than shades.
+
+    They may if none is above half; if they are few and none is white; or if below a single white
+    there are only dark ones that cover much: 0, 1, 255 are labels with a void border. Twelfths of
+    255 are shades: PASCAL-S stores how many of twelve viewers chose an object.
+    """
+    twelfths = grey / (255 / 12)
+    if (np.abs(twelfths - np.rint(twelfths)) < 12 / 255).all():  # rounded up or down
+        return False
+    if grey[-1] <= HALF:
+        return True
+    if len(levels) > FEW:
+        return False
+    if grey[-1] < WHITE:
+        return True
+    between = (values > levels[0]) & (values < levels[-1])
+    return grey[-2] < HALF / 2 and between.sum() > (values == levels[-1]).sum() / 10
+
+
+def unclear(path: str | Path, what: str, values=()) -> UserError:
+    """The error for a mask that cannot be decided: file, values found, what to do."""
+    shown = ", ".join(str(value) for value in values[:6]) + (", …" if len(values) > 6 else "")
+    found = f" ({shown})" if shown else ""
+    return UserError(
+        f"{path} is no mask that can be decided: it holds {what}{found}; save it as black for the "
+        "background and white for the foreground"
+    )

@@ -373,7 +373,7 @@ def test_a_split_selects_from_the_whole_archive(tmp_path, monkeypatch):
 def test_parts_of_archives_and_names_of_repacks(tmp_path):
     for part, stem in (("Train", "a"), ("Test", "b")):
         for kind in ("RGB", "T", "GT"):
-            draw(tmp_path / f"VT5000/{part}/{kind}/{stem}.png", 9)
+            draw(tmp_path / f"VT5000/{part}/{kind}/{stem}.png", 255)
     pairs(tmp_path / "EORSSD", ["1", "2"], "train-images/{}.jpg", "train-labels/{}.png")
     pairs(tmp_path / "EORSSD", ["3"], "test-images/{}.jpg", "test-labels/{}.png")
     pairs(tmp_path / "dut_o", ["x"])
