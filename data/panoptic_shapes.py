@@ -63,7 +63,7 @@ CATEGORIES = [
 
 
 class Layer(NamedTuple):
-    """A segment of a scene: its category, whether it is a crowd, salient, and where (bool [H, W])."""
+    """A segment of a scene: category, is it a crowd, is it salient, and where: bool [H, W]."""
 
     category: str
     crowd: bool
