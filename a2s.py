@@ -779,9 +779,11 @@ def main(argv: list[str] | None = None) -> None:
     to_label = label_maker(args)
     for stage in stages:
         torch.manual_seed(args.seed)
-        net = settings.place(make_net(stage, args, args.backbone_weights))
+        net = make_net(stage, args, args.backbone_weights)
+        net = settings.place(net, channels_last=settings.trains_channels_last)
         if stage == 1:
             train_activation(net, settings, args.stage1, args.alpha, args.aux, args.drop)
+            net = net.to(memory_format=torch.channels_last)  # what follows has no gradients
             make_labels(net, settings, to_label, own_size=args.released)
         else:
             train_detector(net, settings, args.stage2, args.rectify, args.lam, args.released)
