@@ -1,0 +1,117 @@
+"""What the experiments share: train a row of a table unless it has been, write the table to a page.
+
+    args = options(__doc__)                            # where photos and weights lie, which seeds
+    scores = train(args, "a2s.py", "zeros-seed0", "--stage 1 --epochs 3 --seed 0")
+    write_table(args, "docs/a2s.md", "a2s_photos", header, rows, commands)
+
+A row lies in its own run folder below --out. It is finished when experiment.json is there; an
+interrupted one continues with --resume. So a queue of tables can be stopped and started again.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TRAIN = "ECSSD@data/splits/ECSSD-train560.txt"
+TEST = "ECSSD@data/splits/ECSSD-test140.txt"
+
+
+def options(doc: str) -> argparse.Namespace:
+    """The flags that all experiments have."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-root", default="data", help="where ECSSD lies [data]")
+    parser.add_argument("--backbone-weights", default="imagenet", help="MobileNetV2's [imagenet]")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", help="only rows whose name starts like one of these")
+    return parser.parse_args()
+
+
+def wanted(args: argparse.Namespace, name: str) -> bool:
+    """Whether --rows asks for a row."""
+    return not args.rows or any(name.startswith(row) for row in args.rows)
+
+
+def photo_flags(args: argparse.Namespace, size: int) -> str:
+    """The flags of a run on the photos: MobileNetV2, fp32."""
+    return (
+        f"--data {TRAIN} --eval {TEST} --data-root {args.data_root} --backbone mobilenet_v2 "
+        f"--backbone-weights {args.backbone_weights} --size {size} --amp off"
+    )
+
+
+def run_folder(args: argparse.Namespace, name: str) -> Path:
+    """Where the run of a row lies: its name in plain letters, below --out."""
+    return args.out.resolve() / re.sub("[^a-z0-9/]+", "-", name.lower())
+
+
+def train(args: argparse.Namespace, script: str, name: str, flags: str) -> dict:
+    """Run `script` with `flags` into the run folder `name`, unless it is finished.
+
+    Returns experiment.json: command, commit, minutes, scores {title: {name: value}} of all stages,
+    and the last line of each stage's log.
+    """
+    folder = run_folder(args, name)
+    record = folder / "experiment.json"
+    if record.exists():
+        return json.loads(record.read_text())
+    command = [script, *flags.split(), "--out", str(folder)]
+    if list(folder.glob("**/last.pt")):
+        command.append("--resume")
+    print("python", *command, flush=True)
+    start = time.time()
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    scores, logs = {}, {}
+    for file in sorted(folder.glob("**/eval.json")):
+        scores |= json.loads(file.read_text())
+    for file in sorted(folder.glob("**/log.jsonl")):
+        logs[file.parent.name] = json.loads(file.read_text().strip().split("\n")[-1])
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    )
+    result = {
+        "command": f"python {script} {flags}",
+        "commit": commit.stdout.strip(),
+        "minutes": round((time.time() - start) / 60, 1),
+        "scores": {title.split("test140")[-1]: row for title, row in scores.items()},
+        "logs": logs,
+    }
+    record.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def spread(values: Sequence[float]) -> str:
+    """'.719 (.712 to .731)': the mean over seeds, the least and the greatest."""
+
+    def short(value: float) -> str:
+        return f"{value:.3f}".replace("0.", ".", 1)
+
+    mean = short(sum(values) / len(values))
+    if len(values) == 1:
+        return f"{mean} (one seed)"
+    return f"{mean} ({short(min(values))} to {short(max(values))})"
+
+
+def write_table(
+    page: str, name: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+) -> None:
+    """Write a Markdown table, and notes below it, between the markers of `name` on a page."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    text = "\n".join([*lines, "", *notes])
+    print(text, flush=True)
+    path = ROOT / page
+    start = f"<!-- table: {name} -->"
+    pattern = re.compile(re.escape(start) + r".*?<!-- end -->", re.S)
+    old = path.read_text(encoding="utf-8")
+    if not pattern.search(old):
+        raise SystemExit(f"{page} has no place for the table: {start} … <!-- end -->")
+    path.write_text(pattern.sub(lambda _: f"{start}\n{text}\n<!-- end -->", old), encoding="utf-8")
