@@ -145,56 +145,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--released", action="store_true", help="the authors' code (D1 to D7)")
     add("--bn", choices=("stored", "batch"), help="statistics of BatchNorm, see D7 [stored]")
-    add(
-        "--sign",
-        choices=("corners", "area"),
-        default="corners",
-        help="what tells the background: the corners, or the larger area [corners]",
-    )
+    add("--sign", choices=("corners", "area"), default="corners", help="of theta [corners]")
     add("--pcl", choices=("on", "off"), help="undecided pixels come later, see D3 [on]")
     add("--power", choices=("linear", "annealed"), help="of L_pcl-sd, see D2 [linear]")
     add("--gamma", type=float, default=0.05, help="weight of L_btm [0.05]")
-    add(
-        "--multi-scale",
-        choices=("on", "off"),
-        default="on",
-        help="a second scale, with L_sc in stage 1 and L_ms in stage 2 [on]",
-    )
-    add(
-        "--threshold",
-        choices=("otsu", "fixed"),
-        help="of the map before the CRF; fixed: 0.5 [otsu]",
-    )
+    add("--multi-scale", choices=("on", "off"), default="on", help="use L_sc and L_ms [on]")
+    add("--threshold", choices=("otsu", "fixed"), help="before the CRF; fixed: 0.5 [otsu]")
     add("--sxy", type=float, help="CRF: reach in a photo of 320 pixels [paper 50, shapes 100]")
     add("--srgb", type=float, help="CRF: tolerance in grey levels [paper 5, shapes 20]")
     add("--width", type=float, help="share of the detector's channels [paper 1, shapes 0.125]")
-    add(
-        "--loss",
-        choices=("iou", "bce", "iou+bce"),
-        default="iou",
-        help="label loss of stage 2, Table 8 [iou]",
-    )
+    losses = ("iou", "bce", "iou+bce")
+    add("--loss", choices=losses, default="iou", help="of stage 2's labels, Table 8 [iou]")
+    three = {"type": float, "nargs": 3, "metavar": "W"}
     add(
         "--aux",
-        type=float,
-        nargs=3,
+        **three,
         default=[0.2, 0, 0],
-        metavar="W",
         help="loss weights of the heads of photo chain, modality chain, global map [0.2 0 0]",
+    )
+    add(
+        "--spr",
+        **three,
+        help="weights of prior, posterior, previous label, Table 7; 0 0 1 corrects nothing "
+        "[0.2 0.6 0.2; with --released: 0.1 0.7 0.2]",
     )
     add(
         "--labels",
         type=Path,
         metavar="DIR",
         help="for stage 2, the pseudo labels of another run [<out>/pseudo]",
-    )
-    add(
-        "--spr",
-        type=float,
-        nargs=3,
-        metavar="W",
-        help="weights of prior, posterior, previous label, Table 7; 0 0 1 corrects nothing "
-        "[0.2 0.6 0.2]",
     )
     return parser
 
@@ -451,20 +430,12 @@ class Detector(nn.Module):
         c2, c3, c4, c5 = [4 * max(1, round(width * c / 4)) for c in (128, 256, 512, 512)]
 
         def laterals(encoder: Pyramid) -> nn.ModuleList:
-            _, e2, e3, e4, e5 = encoder.channels
-            return nn.ModuleList(
-                [conv(e2, c2, 1), conv(e3, c3, 1), conv(e4, c4, 1), conv(e5, c5, 1)]
-            )
+            channels = zip(encoder.channels[1:], (c2, c3, c4, c5))
+            return nn.ModuleList(conv(before, after, 1) for before, after in channels)
 
         def chain() -> nn.ModuleList:
-            return nn.ModuleList(
-                [
-                    Fusion(c2, c1, c5, c2),
-                    Fusion(c3, c2, c5, c2),
-                    Fusion(c4, c3, c5, c2),
-                    Fusion(c5, c4, c5, c2),
-                ]
-            )
+            channels = ((c2, c1), (c3, c2), (c4, c3), (c5, c4))  # of the level below, of the level
+            return nn.ModuleList(Fusion(below, level, c5, c2) for below, level in channels)
 
         self.encoders = nn.ModuleList([rgb, modality])
         self.laterals = nn.ModuleList([laterals(rgb), laterals(modality)])
@@ -575,16 +546,15 @@ def iou_loss(y: Tensor, g: Tensor) -> Tensor:
     return (1 - both / (either + 1e-7)).mean()
 
 
+bce_loss = F.binary_cross_entropy_with_logits
+
+
 def iou_bce_loss(y: Tensor, g: Tensor) -> Tensor:
     """The sum of the IoU loss and the binary cross-entropy, a row of Table 8."""
-    return iou_loss(y, g) + F.binary_cross_entropy_with_logits(y, g)
+    return iou_loss(y, g) + bce_loss(y, g)
 
 
-LABEL_LOSSES = {
-    "iou": iou_loss,
-    "bce": F.binary_cross_entropy_with_logits,
-    "iou+bce": iou_bce_loss,
-}
+LABEL_LOSSES = {"iou": iou_loss, "bce": bce_loss, "iou+bce": iou_bce_loss}
 
 
 def detector_loss(logits: list[list[Tensor]], g: Tensor, kind: str, aux: list[float]) -> Tensor:
@@ -604,8 +574,7 @@ def detector_loss(logits: list[list[Tensor]], g: Tensor, kind: str, aux: list[fl
 
     for heads in logits[1:]:
         first = resize(logits[0][0].detach(), heads[0], corners=False)
-        first = torch.sigmoid(first)
-        loss = loss + F.mse_loss(torch.sigmoid(heads[0]), first)
+        loss = loss + F.mse_loss(torch.sigmoid(heads[0]), torch.sigmoid(first))
     return loss
 
 
@@ -643,9 +612,8 @@ def check_sizes(photos: int, stages: list[int], bn: str, settings: Settings) -> 
     cells = math.ceil(settings.size / 32) ** 2
     if batch * cells == 1 and (2 in stages or bn == "batch"):
         raise UserError(
-            f"BatchNorm cannot normalise one photo at --size {settings.size}, of which the deepest "
-            "map keeps a single cell: give --size 64 or more, or at least two photos to a process "
-            "and batch (--batch-size)"
+            f"one picture of {settings.size} x {settings.size} pixels at a time is too little for "
+            "BatchNorm: give a larger --batch-size, more photos, or a larger --size"
         )
 
 
@@ -667,11 +635,8 @@ def curriculum(
 
     pcl: False leaves no pixel out. annealed: k falls from 2 to nearly 1, else it is 1.
     """
-    ec = time  # D1
-    past = time
-    if released:
-        ec = int(time) + 1
-        past = int(time)
+    ec = int(time) + 1 if released else time  # D1
+    past = int(time) if released else time
     p = max(0.0, 0.2 - 0.6 * ec / epochs) if pcl else 0.0
     k = 2 ** (1 - past / epochs) if annealed else 1.0
     return p, k
@@ -896,14 +861,9 @@ def label_files(names: list[str], folder: Path, dry_run: bool) -> list[Path]:
 
 def read_labels(names: list[str], folder: Path, settings: Settings) -> MapBank:
     """The label bank of stage 2, from the files of stage 1."""
-    paths = label_files(names, folder, settings.dry_run)
-    return MapBank(
-        lambda i: load_mask(paths[i]),
-        len(paths),
-        settings.size,
-        settings.device,
-        settings.out / "stage2",
-    )
+    files = label_files(names, folder, settings.dry_run)
+    size, device, out = settings.size, settings.device, settings.out / "stage2"
+    return MapBank(lambda i: load_mask(files[i]), len(files), size, device, out)
 
 
 NEIGHBOURS = [  # 32 pairs (down, right): eight directions at four distances
@@ -1075,7 +1035,7 @@ def main(argv: list[str] | None = None) -> None:
     schedules = {1: args.stage1, 2: args.stage2}
     labels = args.labels or settings.out / "pseudo"
 
-    # What would otherwise fail after hours.
+    # What would otherwise be refused only after hours.
     photos = open_set(settings.data, settings.data_root, masks=False)
     check_sizes(len(photos), stages, args.bn, settings)
     if args.labels or 1 not in stages:
@@ -1085,7 +1045,8 @@ def main(argv: list[str] | None = None) -> None:
     # A transfer is compared with the networks that it starts from.
     results = {}
     to_label = label_maker(args)
-    multi_scale = args.multi_scale == "on"
+    released = args.released
+    scales = args.multi_scale == "on"
     if args.transfer:
         for stage in (1, 2):
             _, _, net = load(args.base / f"stage{stage}" / "last.pt", args)
@@ -1103,22 +1064,12 @@ def main(argv: list[str] | None = None) -> None:
         net = settings.place(net)
 
         if stage == 1:
-            annealed = args.power == "annealed"
-            train_cues(
-                net, settings, args.stage1, args.pcl == "on", annealed, args.gamma, multi_scale
-            )
+            pcl, annealed = args.pcl == "on", args.power == "annealed"
+            train_cues(net, settings, args.stage1, pcl, annealed, args.gamma, scales)
             make_labels(net, settings, to_label)
         else:
             train_detector(
-                net,
-                settings,
-                args.stage2,
-                labels,
-                args.loss,
-                args.aux,
-                multi_scale,
-                args.spr,
-                args.released,
+                net, settings, args.stage2, labels, args.loss, args.aux, scales, args.spr, released
             )
         results |= evaluate(stage, net, settings, to_label)
         harness.save_results(results, settings, settings.out / f"stage{stage}")

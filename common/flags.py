@@ -85,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> Non
         default="shapes",
         metavar="SET",
         help="a folder of photos, a registered set (python -m common.datasets lists them), sets "
-        "joined with +, each restricted by SET@stems.txt [shapes]",
+        "joined with +, each restricted by SET@stems.txt [%(default)s]",
     )
     daily.add_argument(
         "--predict", type=Path, nargs="+", metavar="PATH", help="map photos or folders of them"
