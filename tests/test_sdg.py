@@ -14,7 +14,7 @@ from common.rivals import Affinity, ContextDecoder
 from common.runtime import UserError, World
 from data import captions
 from data.captions import END, PAD, START
-from data.shapes import NAMED, Shapes
+from data.shapes import NAMED, Shapes, describe
 
 CHANNELS = (24, 48, 96, 128)
 WORDS = ["[PAD]", "[START]", "[END]", "a", "red", "star", "left", "right", "of", "disc"]
@@ -29,9 +29,9 @@ def features():
 @pytest.fixture(scope="module")
 def captioner():
     torch.manual_seed(0)
-    net = sdg_sod.Captioner(backbone("tiny"), len(WORDS), 64, layers=2, beam=1)
+    net = sdg_sod.Captioner(backbone("tiny"), WORDS, 64, layers=2, beam=1)
     for p in [*net.forwards.parameters(), net.words.weight, net.positions.weight]:
-        torch.nn.init.normal_(p, std=0.3)  # a random start hardly looks at the picture
+        torch.nn.init.normal_(p, std=0.3)  # with a random start the picture hardly matters
     return net.eval()
 
 
@@ -181,14 +181,14 @@ def test_the_captioner_is_frozen_and_never_in_training_mode(captioner):
 def test_rows_of_attention_belong_to_their_words(captioner):
     """Row of the step that predicts word j, or that reads it; each sums to 1, no others count."""
     image = torch.rand(3, 3, 64, 64)
-    word, maps = captioner.look(image)
-    grid = captioner.see(image)
+    word, maps = captioner.attend(image)
+    grid = captioner.encode(image)
     tokens = torch.cat([torch.full((3, 1), START), word], 1)
     attention = captioner.read(grid, tokens[:, :30])[1].unflatten(2, (7, 7))
     said = word > END
     assert said.any() and torch.allclose(maps.sum((2, 3)), said.float(), atol=1e-5)
     captioner.row = "read"
-    word_read, maps_read = captioner.look(image)
+    word_read, maps_read = captioner.attend(image)
     captioner.row = "predict"
     assert torch.equal(word, word_read)
     for b, j in said.nonzero().tolist():
@@ -200,7 +200,7 @@ def test_rows_of_attention_belong_to_their_words(captioner):
 
 @torch.no_grad()
 def test_a_row_does_not_depend_on_later_words(captioner):
-    grid = captioner.see(torch.rand(1, 3, 64, 64))
+    grid = captioner.encode(torch.rand(1, 3, 64, 64))
     one, two = torch.tensor([[1, 3, 4, 5]]), torch.tensor([[1, 3, 6, 7]])
     (p, a), (q, b) = captioner.read(grid, one), captioner.read(grid, two)
     assert torch.allclose(p[:, :2], q[:, :2], atol=1e-5) and torch.allclose(a[:, :2], b[:, :2])
@@ -218,7 +218,7 @@ def log_likelihood(captioner, grid, tokens):
 
 @torch.no_grad()
 def test_a_beam_of_one_is_greedy_and_a_wide_one_is_likelier(captioner):
-    grid = captioner.see(torch.rand(4, 3, 64, 64))
+    grid = captioner.encode(torch.rand(4, 3, 64, 64))
     greedy, row = captioner.write(grid[:1]), [START]
     for t in range(30):
         p = captioner.read(grid[:1], torch.tensor([row]))[0][0, -1]
@@ -240,15 +240,16 @@ def test_a_beam_of_one_is_greedy_and_a_wide_one_is_likelier(captioner):
 @torch.no_grad()
 def test_the_grid_holds_the_deepest_maps_standardised():
     torch.manual_seed(0)
-    net, image = sdg_sod.Captioner(backbone("tiny"), 10, 64, taps=2), torch.rand(4, 3, 224, 224)
+    net = sdg_sod.Captioner(backbone("tiny"), WORDS, 64, taps=2)
+    image = torch.rand(4, 3, 224, 224)
     net.encoder.eval()
     *_, four, five = net.encoder(image)  # 14 x 14 and 7 x 7
     x = torch.cat([four.unflatten(2, (7, 2)).unflatten(4, (7, 2)).mean((3, 5)), five], 1)
     deviation = x.var((0, 2, 3), correction=0, keepdim=True).add(1e-5).sqrt()
     x = (x - x.mean((0, 2, 3), keepdim=True)) / deviation
-    assert torch.allclose(net.see(image), net.projection(x.flatten(2).mT), atol=1e-4)
-    plain = sdg_sod.Captioner(net.encoder, 10, 64, plain=True)
-    assert torch.allclose(plain.see(image), plain.projection(five.flatten(2).mT), atol=1e-5)
+    assert torch.allclose(net.encode(image), net.projection(x.flatten(2).mT), atol=1e-4)
+    plain = sdg_sod.Captioner(net.encoder, WORDS, 64, plain=True)
+    assert torch.allclose(plain.encode(image), plain.projection(five.flatten(2).mT), atol=1e-5)
 
 
 def test_caption_loss_by_hand():
@@ -357,7 +358,7 @@ def test_scores_of_captions_by_hand():
 def test_named_shapes_mention_and_mask_some_among_equals():
     data = Shapes("train", named=True, count=12)
     everything = Shapes("train", named=True, count=12)
-    everything.salient = lambda objects: objects
+    everything.salient = describe  # all objects
     areas = {True: [], False: []}
     for i in range(12):
         sample, all_things = data[i], everything.objects(i)
@@ -379,6 +380,9 @@ def test_a_vocabulary_of_another_length_is_refused(tmp_path):
     (tmp_path / "v.vocab").write_text("one\t0\ntwo\t-1\n")
     assert captions.read_vocabulary(tmp_path / "v.vocab", 2) == ["one", "two"]
     assert captions.numbers(2) == ["0", "1"]
+    odd = ["a\x85b", "\u2028", "c\x0bd", "e\rf"]  # splitlines() would cut them
+    (tmp_path / "odd.vocab").write_bytes("".join(f"{word}\t0\r\n" for word in odd).encode())
+    assert captions.read_vocabulary(tmp_path / "odd.vocab", 4) == odd
     with pytest.raises(UserError, match="has 2 lines, but the captioner knows 3 words"):
         captions.read_vocabulary(tmp_path / "v.vocab", 3)
 

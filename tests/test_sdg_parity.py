@@ -190,21 +190,18 @@ def test_published_weights_load_from_every_naming(scheme, tmp_path):
     assert not set(state) & set(source.state_dict())
     path = tmp_path / ("weights.safetensors" if scheme == "smp" else "weights.pth")
     write_safetensors(path, state) if scheme == "smp" else torch.save({"state_dict": state}, path)
-    args = sdg_sod.build_parser().parse_args(["--encoder-weights", str(path)])
-    sdg_sod.load_encoder(net, args)
+    sdg_sod.load_encoder(net, "mit_b0", str(path))
     for key, value in source.state_dict().items():
         assert torch.equal(net.state_dict()[key], value), key
     lost = next(key for key in state if ".sr.weight" in key)
     torch.save({key: value for key, value in state.items() if key != lost}, tmp_path / "lost.pth")
-    args.encoder_weights = str(tmp_path / "lost.pth")
     with pytest.raises(UserError, match=r"1 missing \(stages\.\d\.blocks\.\d\.attn\.sr\."):
-        sdg_sod.load_encoder(net, args)
+        sdg_sod.load_encoder(net, "mit_b0", str(tmp_path / "lost.pth"))
 
 
 def test_without_a_file_the_encoder_asks_for_one():
-    args = sdg_sod.build_parser().parse_args(["--encoder", "mit_b3"])
     with pytest.raises(UserError, match="--encoder-weights: give a file"):
-        sdg_sod.load_encoder(sdg_sod.MiT("mit_b0"), args)
+        sdg_sod.load_encoder(sdg_sod.MiT("mit_b0"), "mit_b0", None)
 
 
 # ---- VirTex --------------------------------------------------------------------------------------
@@ -216,16 +213,15 @@ def virtex(tmp_path_factory):
     """Our captioner with the recipe's weights, from a file of VirTex's form; and its grid."""
     path = tmp_path_factory.mktemp("virtex") / "model.pth"
     torch.save({"model": official(NAME), "iteration": 500000}, path)
-    args = sdg_sod.build_parser().parse_args(
-        ["--released", "--beam", "5", "--vocabulary", str(path) + ".vocab"]
-    )
+    words = "--released --beam 5 --attn-row predict --vocabulary".split()
+    args = sdg_sod.build_parser().parse_args([*words, f"{path}.vocab"])
     lines = "\n".join(f"\u2581piece{i}\t{-i}" for i in range(10_000))
     (path.parent / "model.pth.vocab").write_text(lines, encoding="utf-8")
     net = sdg_sod.load_captioner(path, args).eval()
-    assert (args.hidden, args.layers, args.lexicon[7]) == (1024, 1, "\u2581piece7")
+    assert (net.plan.hidden, net.plan.layers, net.lexicon[7]) == (1024, 1, "\u2581piece7")
     path.unlink()
     with torch.no_grad():
-        return net, net.see(recipe.photos("rgb224", 224, 224))
+        return net, net.encode(recipe.photos("rgb224", 224, 224))
 
 
 def tokens() -> torch.Tensor:

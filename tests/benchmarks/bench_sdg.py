@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import sdg_sod  # noqa: E402
 from common.backbones import backbone  # noqa: E402
+from data.captions import numbers  # noqa: E402
 
 
 def network(options, width, captioner=None):
@@ -52,7 +53,7 @@ def main():
     image = torch.rand(options.batch, 3, side, side, device=device)
     mask = (torch.rand(options.batch, 1, side, side, device=device) > 0.5).float()
     maps = torch.rand(options.batch, 1, 7, 7, device=device)
-    captioner = sdg_sod.Captioner(backbone("resnet50", "none"), 10_000, 1024)
+    captioner = sdg_sod.Captioner(backbone("resnet50", "none"), numbers(10_000), 1024)
     guided = network(options, 256, captioner)
 
     def step(net, m=None):
