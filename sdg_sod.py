@@ -27,9 +27,10 @@ Usage
     python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
     torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR --encoder-weights FILE
 
-Stages, in order: sod trains the saliency branch (PVT-SOD), caption the captioner, control
-fine-tunes PVT-SOD as long as guide does (only on shapes unless asked for), guide fine-tunes it with
-guidance. Of the --eval sets those with captions judge stage caption, those with masks the others.
+Stages, in order: sod trains the saliency branch (PVT-SOD), caption the captioner, guide fine-tunes
+PVT-SOD with guidance, and control, before it, fine-tunes it for as many epochs without: guide has to
+be compared with control. Of the --eval sets those with captions judge stage caption, those with
+masks the others.
 
 Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 / .030, SDG-SOD
 .905 / .878 / .943 / .027; pre-trained on COCO .903 / .873 / .938 / .028 and .911 / .889 / .946 /
@@ -174,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_flags(parser, PAPER, SHAPES)
     method = parser.add_argument_group("method")
     add = method.add_argument
-    add("--stage", choices=STAGES, help="one stage only [sod, caption, guide]")
+    add("--stage", choices=STAGES, help="one stage only [all of them]")
     add("--released", action="store_true", help="the code of F3Net and VirTex")
     add_saliency_flags(method)
     add_guidance_flags(method)
@@ -1308,14 +1309,9 @@ def check_judges(stage: str, settings: Settings) -> None:
 
 
 def stages_to_train(args: argparse.Namespace) -> list[str]:
-    """--stage; else all stages but those whose result was given, control on shapes alone."""
-    if args.stage:
-        return [args.stage]
+    """--stage; else all stages but those whose result was given."""
     given = {"sod": args.sod, "caption": args.captioner}
-    stages = [stage for stage in STAGES if not given.get(stage)]
-    if not flags.is_shapes(args.data):
-        stages.remove("control")
-    return stages
+    return [args.stage] if args.stage else [stage for stage in STAGES if not given.get(stage)]
 
 
 def main(argv: list[str] | None = None) -> None:
