@@ -75,8 +75,9 @@ def test_links_lead_to_files_and_headings(page):
 
 @each(PAGES)
 def test_pages_are_wrapped(page):
-    lines = page.read_text().splitlines()
-    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+    written = re.sub(r"<!-- table: .*?<!-- end -->", "", page.read_text(), flags=re.S)
+    long = [line for line in written.splitlines() if len(line) > 120]
+    assert [line for line in long if not line.startswith("|")] == []
 
 
 def test_readme_is_short():
