@@ -27,10 +27,10 @@ Usage
     python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
     torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR --encoder-weights FILE
 
-Stages, in order: sod trains the saliency branch (PVT-SOD), caption the captioner, guide fine-tunes
-PVT-SOD with guidance, and control, before it, fine-tunes it for as many epochs without: guide has to
-be compared with control. Of the --eval sets those with captions judge stage caption, those with
-masks the others.
+Stages, in order: sod trains the saliency branch (PVT-SOD), caption the captioner, control
+fine-tunes PVT-SOD for as many epochs as guide, which fine-tunes it with guidance and has to be
+compared with control. Of the --eval sets those with captions judge stage caption, those with masks
+the others.
 
 Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 / .030, SDG-SOD
 .905 / .878 / .943 / .027; pre-trained on COCO .903 / .873 / .938 / .028 and .911 / .889 / .946 /
@@ -484,7 +484,7 @@ class Guidance(nn.Module):
             nn.init.zeros_(xi.bias)
 
     def forward(self, features: list[Tensor], m: Tensor) -> list[Tensor]:
-        """F1 ... F4 and the sum of a caption's maps [B, 1, 7, 7] -> guided F1 ... F4."""
+        """F1 ... F4 and the sum of a caption's maps [B, 1, h, w] -> guided F1 ... F4."""
         guided = list(features)
         for scale, xi in self.xi.items():
             f = features[int(scale) - 1]
@@ -536,7 +536,7 @@ class SDGSOD(nn.Module):
         return self
 
     def forward(self, image: Tensor, m: Tensor | None = None) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], summed maps [B, 1, 7, 7] (None: describe the images) ->
+        """Images [B, 3, H, W] in [0, 1], summed maps [B, 1, h, w] (None: describe the images) ->
         saliency logit [B, 1, H, W]."""
         features = self.encoder(image)
         if self.guidance is not None:
@@ -853,7 +853,7 @@ def train_saliency(
             mask = crop(bank.masks(index, flip), box)  # [B, 1, S, S]
             m = None
             if guided:
-                m = crop(read_maps(guidance, index, flip), box)  # [B, 1, 7, 7]
+                m = cropped_maps(guidance, index, flip, box, settings.size // 4)
 
             with autocast(settings.device, settings.amp):
                 logit = run.net(image, m)  # [B, 1, S, S]
@@ -941,11 +941,15 @@ def make_maps(kind: str, captioner: Captioner, bank: Bank, settings: Settings) -
     return maps.roll(1, 0) if kind == "other" else maps
 
 
-def read_maps(maps: Tensor, index: Tensor, flip: Tensor) -> Tensor:
-    """Those of index [B] (on the CPU), mirrored where `flip`. [B, 1, 7, 7]"""
-    m = maps[index.to(maps.device, non_blocking=True)]
+def cropped_maps(maps: Tensor, index: Tensor, flip: Tensor, box: Tensor, side: int) -> Tensor:
+    """The maps of photos that were mirrored and cropped, [B, 1, side, side].
+
+    index, flip, box: [B], [B], [B, 4], on the CPU. A crop of 7 x 7 cells to 7 x 7 would lose what
+    lies between their centres, so `side` is that of F1, the largest map that is guided.
+    """
+    m = maps[index.to(maps.device, non_blocking=True)]  # [B, 1, 7, 7]
     flip = flip.to(maps.device, non_blocking=True).view(-1, 1, 1, 1)
-    return torch.where(flip, m.flip(3), m)
+    return crop(torch.where(flip, m.flip(3), m), box, side)
 
 
 # ---- Where a stage starts ------------------------------------------------------------------------

@@ -297,6 +297,30 @@ def test_crops_cut_what_they_say():
     assert boxes.min() >= 0 and boxes.max() <= 1 and 0.75 <= size.min() < 0.76 and size.max() > 0.99
 
 
+def test_a_cropped_map_equals_the_crop_of_the_resized_map():
+    """A ramp from 0 to 6 over the centres of seven cells is 7 u - 1/2 at place u of the photo."""
+    ramp = torch.arange(7.0).expand(1, 1, 7, 7)
+    box = torch.tensor([[0.25, 0.125, 0.75, 0.625]])  # left, top, right, bottom
+    index, straight, mirrored = torch.tensor([0]), torch.tensor([False]), torch.tensor([True])
+    out = sdg_sod.cropped_maps(ramp, index, straight, box, 16)
+    u = 0.25 + 0.5 * (torch.arange(16) + 0.5) / 16
+    assert torch.allclose(out, (7 * u - 0.5).expand(1, 1, 16, 16), atol=1e-5)
+    out = sdg_sod.cropped_maps(ramp, index, mirrored, box, 16)
+    assert torch.allclose(out, (7 * (1 - u) - 0.5).expand(1, 1, 16, 16), atol=1e-5)
+
+    # Any map: the photo's map resized to four times as many pixels and cropped there.
+    m = torch.rand(1, 1, 7, 7, generator=torch.Generator().manual_seed(0))
+    large = F.interpolate(m, (256, 256), mode="bilinear", align_corners=False)[..., 32:160, 64:192]
+    exact = F.interpolate(large, (64, 64), mode="area")
+    out = sdg_sod.cropped_maps(m, index, straight, box, 64)
+    assert (out - exact).abs().mean() < 5e-4
+    at_7 = F.interpolate(bank.crop(m, box), (64, 64), mode="bilinear", align_corners=False)
+    assert (at_7 - exact).abs().mean() > 0.01  # 20 times as far off
+    whole = sdg_sod.cropped_maps(m, index, straight, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), 64)
+    resized = F.interpolate(m, (64, 64), mode="bilinear", align_corners=False)
+    assert torch.allclose(whole, resized, atol=1e-6)
+
+
 def test_the_rate_rises_over_1500_steps_and_falls_to_0():
     assert sdg_sod.rate(0, 50_000) == pytest.approx(1 / 1500)
     assert sdg_sod.rate(1499, 50_000) == pytest.approx(1 - 1499 / 50_000)
