@@ -34,8 +34,8 @@ scale: docs/unified_usod.md.
 Departures. The paper is the default. Where it is silent, the released code is followed: the first
 level is taken after a pooling, the corners decide on the sign, Otsu's threshold, MoCo v2 of 200
 epochs; in stage 2 half weight for the second scale, 0.2 for the photo chain's head, no weight
-decay, encoders frozen in epoch 1 and trained at a tenth of the rate afterwards, SPR from epoch 2
-on. --released also follows the code in the following, where it contradicts the paper:
+decay, encoders frozen for a tenth of the epochs and trained at a tenth of the rate afterwards, SPR
+from then on. --released also follows the code where it contradicts the paper:
  D1 The curriculum's epoch Ec is fractional: 0 at the first step. Released: the whole epoch number,
     counted from 1.
  D2 The distilling loss is linear in |S - 0.5|. Released: its exponent falls from 2 to nearly 1
@@ -46,11 +46,16 @@ on. --released also follows the code in the following, where it contradicts the 
     that its weights add up to 1. Released: 0.1, 0.7, 0.2, and PAR's map and the new label are
     divided by their maxima. (The released code also stretches a label to [0, 1] before it is cut,
     which is not done here, and runs SPR only with its flag --olr.)
+ D14 --transfer rsi trains on the training parts of ORSSD and EORSSD, 2,000 photos. Released: on
+    RSSD-TR, 4,000 photos, which holds those of ORSI-4199 too.
+... and where the paper is silent and the code does not convince:
  D6 Which side is the object is decided on the first scale and used for both. Released: each scale
     decides for itself, and the two can disagree.
- D7 BatchNorm of pretrained or frozen layers uses stored statistics, as in a2s.py. They were made of
-    normalised pixels, so the modality is normalised like a photo. Released: statistics of the
-    batch, and the modality in [0, 1].
+ D7 BatchNorm of pretrained or frozen layers uses stored statistics, as in a2s.py (--bn). They were
+    made of normalised pixels, so the modality is normalised like a photo. Released: statistics of
+    the batch, and the modality in [0, 1].
+ D13 L_ms resizes the first scale's output like every other output, without aligning the centres of
+    the corner pixels. Released: aligned.
 The following hold with and without --released:
  D8 PAR is that of AFA, which the paper cites and the released code uses. Eqs. 5 and 7 leave out its
     square, its dilations and its iterations.
@@ -114,10 +119,12 @@ PAPER_SETS = {  # what Tables 1 to 5 evaluate, by training set
     "RGBD-TR": ["RGBD135", "NJUD", "NLPR", "SIP"],
     "VSOD-TR": ["DAVSOD", "DAVIS", "SegV2", "FBMS"],
     "RSSD-TR": ["ORSSD", "EORSSD"],
+    "ORSSD-TR": ["ORSSD"],
+    "EORSSD-TR": ["EORSSD"],
 }
-TARGETS = {  # what --transfer trains on: (without, with built-in shapes)
-    "video": ("VSOD-TR", "shapes-video"),
-    "rsi": ("RSSD-TR", "shapes-top"),
+TARGETS = {  # what --transfer trains on
+    "video": {"paper": "VSOD-TR", "released": "VSOD-TR", "shapes": "shapes-video"},
+    "rsi": {"paper": "ORSSD-TR+EORSSD-TR", "released": "RSSD-TR", "shapes": "shapes-top"},  # D14
 }
 
 
@@ -130,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python unified_usod.py --data photos/                  learn a folder of photos\n"
         "  python unified_usod.py --data photos/ --predict new/   map others with that detector\n"
-        "The docstring of this file explains the method and D1 to D12.",
+        "The docstring of this file explains the method and D1 to D14.",
     )
     flags.add_flags(parser, PAPER, SHAPES)
     parser.set_defaults(data="shapes+shapes-depth+shapes-thermal", pairs=True)
@@ -143,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="carry the networks of the run folder to video, rsi, or any set, and compare with "
         "zero-shot",
     )
-    add("--released", action="store_true", help="the authors' code (D1 to D7)")
+    add("--released", action="store_true", help="the authors' code (D1 to D7, D13, D14)")
     add("--bn", choices=("stored", "batch"), help="statistics of BatchNorm, see D7 [stored]")
     add("--sign", choices=("corners", "area"), default="corners", help="of theta [corners]")
     add("--pcl", choices=("on", "off"), help="undecided pixels come later, see D3 [on]")
@@ -235,7 +242,8 @@ def retargeted(args: argparse.Namespace) -> argparse.Namespace:
 
     data = args.transfer
     if data in TARGETS:
-        data = TARGETS[data][1 if flags.is_shapes(args.data) else 0]
+        kind = "released" if args.released else "paper"
+        data = TARGETS[data]["shapes" if flags.is_shapes(args.data) else kind]
     return flags.replaced(args, base=base, data=data, out=target_folder(base, args.transfer))
 
 
@@ -557,12 +565,15 @@ def iou_bce_loss(y: Tensor, g: Tensor) -> Tensor:
 LABEL_LOSSES = {"iou": iou_loss, "bce": bce_loss, "iou+bce": iou_bce_loss}
 
 
-def detector_loss(logits: list[list[Tensor]], g: Tensor, kind: str, aux: list[float]) -> Tensor:
+def detector_loss(
+    logits: list[list[Tensor]], g: Tensor, kind: str, aux: list[float], released: bool = False
+) -> Tensor:
     """Eq. 15: the label loss of all four heads, that of the second scale by half, and L_ms.
 
     L_ms pulls the second scale's output towards the first's; no gradient flows into the first.
     logits: of `Detector`, at one or two scales. g: [B, 1, H, W] of 0 and 1. kind: a key of
     `LABEL_LOSSES`. aux: weights of the heads of photo chain, modality chain, global map.
+    released: D13.
     """
     loss = 0
     for share, heads in zip((1, 0.5), logits):
@@ -573,7 +584,7 @@ def detector_loss(logits: list[list[Tensor]], g: Tensor, kind: str, aux: list[fl
         loss = loss + share * of_scale
 
     for heads in logits[1:]:
-        first = resize(logits[0][0].detach(), heads[0], corners=False)
+        first = resize(logits[0][0].detach(), heads[0], corners=released)
         loss = loss + F.mse_loss(torch.sigmoid(heads[0]), torch.sigmoid(first))
     return loss
 
@@ -589,7 +600,7 @@ def make_net(
 
     if stage == 1:
         return CueExtractor(encoder(args.pixels), args.sign, adapter, args.released)
-    modality_pixels = "unit" if args.bn == "batch" else args.pixels  # D7
+    modality_pixels = "unit" if args.released else args.pixels  # D7
     return Detector(encoder(args.pixels), encoder(modality_pixels), args.width)
 
 
@@ -751,7 +762,7 @@ def train_detector(
             g = labels.read(index, flip)  # [B, 1, S, S]
             with autocast(settings.device, settings.amp):
                 logits = run.net(*pairs)
-            loss = detector_loss(logits, (g > 0.5).float(), kind, aux)  # Eq. 15
+            loss = detector_loss(logits, (g > 0.5).float(), kind, aux, released)  # Eq. 15
 
             optimiser.zero_grad()
             loss.backward()
