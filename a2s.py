@@ -493,7 +493,7 @@ def train_activation(
     optimiser = make_optimiser(net, encoder_share=1.0)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
     logit = partial(activation_logit, net, amp=settings.amp)
-    watch = harness.Watch(settings)
+    watch = harness.Watch(settings, photos)
     if run.done == 0 and settings.world.main:
         study_thresholds(net, bank, settings)
 
@@ -539,7 +539,7 @@ def train_detector(
     optimiser = make_optimiser(net, encoder_share=0.1)
     run = Run(settings, 2, bank, net, optimiser, schedule, labels, "stage2")
     logit = partial(detector_logit, net, amp=settings.amp)
-    watch = harness.Watch(settings)
+    watch = harness.Watch(settings, photos)
 
     for epoch in run.epochs():
         lr = rate(epoch, schedule, (15, 20), PAPER["stage2"].epochs)  # Sec. IV-A

@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common.datasets import load_grey, load_image
+from common.images import load_grey, load_image
 from common.metrics import find_images, to_uint8
 from common.runtime import UserError, cli, pick_device, progress, save_png
 

@@ -96,7 +96,9 @@ def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> Non
     daily.add_argument(
         "--eval", nargs="+", metavar="SET", help="sets to score on, spelt like --data"
     )
-    daily.add_argument("--out", type=Path, metavar="DIR", help="run folder [runs/<script>-<data>]")
+    daily.add_argument(
+        "--out", type=Path, metavar="DIR", help="run folder [runs/SCRIPT-DATA, and -seedN]"
+    )
     daily.add_argument(
         "--resume",
         action="store_true",
@@ -356,9 +358,10 @@ def check_evaluation_sets(args: argparse.Namespace, captions: bool) -> None:
 
 
 def run_folder(args: argparse.Namespace, method: str) -> Path:
-    """--out, or runs/<method>-<data>."""
+    """--out, or runs/<method>-<data>, with -seed<N> unless the seed is 0."""
     data = re.sub("[^A-Za-z0-9_.+-]+", "-", args.data).strip("-")
-    return args.out or Path("runs", f"{method}-{data}")
+    seed = f"-seed{args.seed}" if args.seed else ""
+    return args.out or Path("runs", f"{method}-{data}{seed}")
 
 
 def run_of(checkpoint: Path, stages: Sequence[str]) -> Path:

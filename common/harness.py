@@ -23,36 +23,10 @@ from common import runtime
 from common.bank import Bank
 from common.crf import dense_crf, photo_sxy
 from common.curves import write_curves
-from common.datasets import load_image, open_set
+from common.datasets import load_image, open_photos, open_set, report_left_out
 from common.flags import Settings
 from common.metrics import Metrics, table, to_uint8
 from common.runtime import UserError, progress, save_json, save_png, save_text, say
-
-try:
-    from common.datasets import open_photos, report_left_out
-except ImportError:
-
-    class Photo(Dataset):
-        """A single photo as a data set."""
-
-        def __init__(self, path: Path):
-            self.path, self.names, self.title = path, [path.stem], path.name
-
-        def __len__(self) -> int:
-            return 1
-
-        def __getitem__(self, index: int) -> dict:
-            image = load_image(self.path)
-            return {"image": image, "name": self.path.stem, "size": tuple(image.shape[1:])}
-
-    def open_photos(paths, root, skip=None):
-        """Stand-in."""
-        path = paths if isinstance(paths, Path) else paths[0]
-        return Photo(path) if path.is_file() else open_set(path, root, masks=False)
-
-    def report_left_out(dataset):
-        """Stand-in."""
-
 
 Forward = Callable[[Tensor], Tensor]
 Results = dict[str, Metrics]  # by the title of a row of the table
@@ -140,6 +114,7 @@ def evaluate(
     results = {}
     for spec in settings.eval:
         dataset, metrics = open_set(spec, settings.data_root), Metrics()
+        report_left_out(dataset)
         title = dataset.title + row
         for samples, images in batches_of(dataset, settings, f"evaluate {title}"):
             for sample, logit in zip(samples, forward(images)):
@@ -203,18 +178,20 @@ def mirror(forward: Forward, bank: Bank) -> float:
 
 
 class Watch:
-    """A few photos of the first evaluation set, scored and drawn after every epoch."""
+    """A few photos, drawn after every epoch: of the first --eval set, where they are scored too,
+    else of the photos that are trained on."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, photos: Dataset | None = None):
         self.settings, self.samples = settings, []
-        if settings.eval and settings.world.main:
-            dataset = open_set(settings.eval[0], settings.data_root)
-            count = min(max(settings.watch, 6), len(dataset))
-            self.samples = list(runtime.parallel_map(dataset.__getitem__, range(count)))
+        if settings.eval:
+            photos = open_set(settings.eval[0], settings.data_root)
+        if photos is not None and settings.world.main:
+            count = min(max(settings.watch, 6), len(photos))
+            self.samples = list(runtime.parallel_map(photos.__getitem__, range(count)))
 
     @torch.inference_mode()
     def __call__(self, forward: Forward, picture: Path) -> dict[str, float]:
-        """Save image, map and truth of six photos; return their scores if --watch asks for them."""
+        """Save photo, map and truth of six photos; return their scores if --watch asks for them."""
         if not self.samples:
             return {}
         metrics, rows = Metrics(wf=False), []
@@ -224,11 +201,14 @@ class Watch:
             images = stack(part, self.settings)
             for sample, image, logit in zip(part, images, forward(images)):
                 pred = finish(logit, sample, crf=False)
-                metrics.add(pred, sample["mask"][0] > 127)
-                rows.append([image[:3], pred[None] / 255, sample["mask"] / 255])
+                row = [image[:3], pred[None] / 255]
+                if sample["mask"] is not None:
+                    metrics.add(pred, sample["mask"][0] > 127)
+                    row.append(sample["mask"] / 255)
+                rows.append(row)
 
         runtime.picture_strip(picture, rows[:6])
-        if not self.settings.watch:
+        if not self.settings.watch or not self.settings.eval:
             return {}
         scores = metrics.scores()
         return {"watch_F": scores["F_mean"], "watch_MAE": scores["MAE"]}

@@ -16,6 +16,7 @@ change the order of the samples.
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from common import runtime
 from common.bank import Bank, MapBank, batches, epoch_order
+from common.curves import read_log, write_log
 from common.flags import Schedule, Settings
 from common.runtime import UserError, say
 
@@ -126,11 +128,12 @@ class Run:
         self.folder, self.last = settings.out / folder, schedule.epochs
         self.raw = net
         self.labels_file = None
+        self.digests = None
         self.flags = settings.flags | schedule._asdict() | {"photos": photos_of(bank)}
         self.extra = extra or {}
         self.done = self.resume()
-        self.save_args()
         self.log = Log(self.folder, self.last, self.done, quiet=not self.world.main)
+        self.save_args()
         self.net = self.world.parallel(net)  # averages gradients over the processes
 
     def epochs(self) -> Iterator[int]:
@@ -196,6 +199,7 @@ class Run:
         self.log.epoch(self.epoch, len(self.order), self.seconds, **self.means, **shown)
         if self.world.main:
             self.save()
+            self.save_args()
         self.world.barrier()
 
     def save(self) -> None:
@@ -248,38 +252,64 @@ class Run:
                     "same files, or another --out for a new run"
                 )
         runtime.load_state(self.raw, saved["model"], path)
-        try:
-            self.optimiser.load_state_dict(saved["optimiser"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path} is a damaged checkpoint: its optimiser cannot be restored ({error!r}); "
-                "start anew with --overwrite"
-            ) from None
+        load_optimiser(self.optimiser, saved.get("optimiser"), path)
         self.labels_file = saved.get("labels")
         if self.labels and self.labels_file:
-            self.labels.pixels.copy_(self.read_labels(self.folder / self.labels_file))
+            self.labels.pixels.copy_(self.read_labels(self.folder / str(self.labels_file)))
         return saved["epoch"]
 
     def read_labels(self, path: Path) -> Tensor:
         """The labels that belong to a checkpoint; raises `UserError` if they do not fit."""
         pixels = runtime.torch_load(path).get("labels")
         wanted = self.labels.pixels
-        if not isinstance(pixels, Tensor) or pixels.shape != wanted.shape:
+        fits = isinstance(pixels, Tensor) and pixels.dtype == wanted.dtype
+        if not fits or pixels.shape != wanted.shape:
             raise UserError(
                 f"{path} does not hold {len(wanted)} labels of this size: it is damaged"
             )
         return pixels
 
     def save_args(self) -> None:
-        """Write args.json: flags, versions, commit, digests of the files that flags name."""
+        """Write args.json: flags, minutes so far, versions, commit, and how files can be told."""
         if not self.world.main:
             return
-        digests = {}
-        for value in self.flags.values():
-            if isinstance(value, str) and os.path.isfile(value):
-                digests[value] = runtime.sha256(value)
-        content = {"flags": self.flags, "sha256": digests, **runtime.environment()}
+        if self.digests is None:
+            paths = [value for value in self.flags.values() if isinstance(value, str)]
+            self.digests = {path: runtime.sha256(path) for path in paths if os.path.isfile(path)}
+        content = {
+            "command": " ".join(sys.argv),
+            "flags": self.flags,
+            "minutes": self.log.minutes,
+            "sha256": self.digests,
+            **runtime.environment(self.settings.device),
+        }
         runtime.save_json(self.folder / "args.json", content)
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, saved: object, path: Path) -> None:
+    """Restore what an optimiser keeps for each parameter: tensors of its shape, or single numbers.
+
+    Learning rates and other options are those of the training. Raises `UserError` if something is
+    missing or does not fit.
+    """
+    state = saved.get("state") if isinstance(saved, dict) else None
+    shapes = [p.shape for group in optimiser.param_groups for p in group["params"]]
+
+    def fits(number: object, entry: object) -> bool:
+        known = isinstance(number, int) and number in range(len(shapes))
+        if not known or not isinstance(entry, dict):
+            return False
+        right = (shapes[number], torch.Size([]))
+        return all(isinstance(value, Tensor) and value.shape in right for value in entry.values())
+
+    whole = isinstance(state, dict) and all(fits(*item) for item in state.items())
+    if not whole or len({frozenset(entry) for entry in state.values()}) > 1:
+        raise UserError(
+            f"{path} is a damaged checkpoint: its optimiser does not fit the network; start anew "
+            "with --overwrite"
+        )
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})
 
 
 def photos_of(bank: Bank) -> str:
@@ -289,46 +319,48 @@ def photos_of(bank: Bank) -> str:
 
 
 class Log:
-    """One line per epoch on the terminal and one JSON object per epoch in `log.jsonl`."""
+    """One line per epoch on the terminal and in `log.jsonl`; `log.svg` draws them."""
 
     def __init__(self, folder: Path, epochs: int, done: int = 0, quiet: bool = False):
-        self.path, self.epochs, self.done, self.quiet = folder / "log.jsonl", epochs, done, quiet
-        self.start = time.time()
+        self.folder, self.epochs, self.done, self.quiet = folder, epochs, done, quiet
+        self.start = self.last = time.time()
         self.lines = []
-        if done and self.path.exists():  # a resumed run forgets what came after its checkpoint
-            self.lines = [line for line in read_log(self.path) if line["epoch"] <= done]
+        path = folder / "log.jsonl"
+        if done and path.exists():  # a resumed run leaves out what came after its checkpoint
+            self.lines = [line for line in read_log(path) if line["epoch"] <= done]
         self.write()
 
     def epoch(self, epoch: int, images: int, seconds: float, **values: float) -> None:
-        """Report epoch number `epoch` (from 1), which saw `images` images, with its `values`."""
+        """Report epoch number `epoch` (from 1) with its `values`.
+
+        images, seconds: how many photos were trained on, and for how long; `seconds` of the log is
+        the whole epoch, with pictures and checkpoint.
+        """
+        now = time.time()
         rate = images / seconds
-        eta = (time.time() - self.start) / (epoch - self.done) * (self.epochs - epoch)
+        eta = (now - self.start) / (epoch - self.done) * (self.epochs - epoch)
         memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0) / 1e9
         shown = [f"epoch {epoch:2d}/{self.epochs}"]
         shown += [f"{name} {value:.4g}" for name, value in values.items()]
         shown.append(f"{rate:.0f} img/s")
         if memory:
             shown.append(f"{memory:.1f} GB")
-        say(" | ".join([*shown, f"eta {eta // 60:.0f}m{eta % 60:02.0f}s"]))
-        self.lines.append({"epoch": epoch, **values, "images_per_s": rate, "memory_gb": memory})
+        shown.append(f"eta {eta // 60:.0f}m{eta % 60:02.0f}s")
+        say(" | ".join(shown))
+        line = {"epoch": epoch, **values, "images_per_s": rate, "memory_gb": memory}
+        self.lines.append(line | {"seconds": now - self.last})
+        self.last = now
         self.write()
 
+    @property
+    def minutes(self) -> float:
+        """How long all epochs took, those before an interruption included."""
+        return round(sum(line.get("seconds", 0) for line in self.lines) / 60, 2)
+
     def write(self) -> None:
-        """Write the file anew, atomically."""
+        """Write both files anew, atomically."""
         if not self.quiet:
-            runtime.save_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; lines that are broken are left out, and named on stderr."""
-    lines = []
-    for number, text in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
-        try:
-            line = json.loads(text) if text else None
-        except ValueError:
-            line = "broken"
-        if isinstance(line, dict) and isinstance(line.get("epoch"), int):
-            lines.append(line)
-        elif line is not None:
-            say(f"warning: line {number} of {path} is broken and left out", error=True)
-    return lines
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            runtime.save_text(self.folder / "log.jsonl", text)
+            if self.lines:
+                write_log(self.folder / "log.svg", self.lines)

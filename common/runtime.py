@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torchvision
@@ -81,13 +82,14 @@ def first_line(error: BaseException) -> str:
 def say(text: str, error: bool = False, end: str = "\n") -> None:
     """Print a line on stdout, or on stderr if `error`, from rank 0 only.
 
-    A pipe that was closed (`| head -1`) must not stop a training: from then on nothing is printed.
+    A pipe that was closed (`| head -1`) or a log file on a full disk must not stop a training: from
+    then on nothing is printed.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     try:
         print(text, end=end, file=sys.stderr if error else sys.stdout, flush=True)
-    except BrokenPipeError:
+    except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())
 
@@ -449,8 +451,8 @@ def check_checkpoint(
 
 
 # ---- A run's surroundings and pictures ----------------------------------------------------------
-def environment() -> dict:
-    """Versions, git commit and processor: what a reader needs to repeat a run."""
+def environment(device: torch.device) -> dict:
+    """What a reader needs to repeat a run: date, versions, git commit, processor or GPU."""
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -460,13 +462,18 @@ def environment() -> dict:
         ).stdout.strip()
     except OSError:
         commit = ""
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "machine": machine,
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "commit": commit or "unknown",
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
     }
 
 

@@ -1,0 +1,189 @@
+"""The run folder: claimed, locked, resumed, logged; flags that become settings; what pipes do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ENVIRONMENT, ROOT, last, refused, run_script, small_flags, write_photo
+from PIL import Image
+
+import class_net
+from common import flags, run, runtime
+from common.flags import Schedule
+from common.runtime import UserError
+
+SMALL = "--epochs 1 --batch-size 8"
+
+
+@pytest.fixture
+def trained(lists, tmp_path):
+    """The flags of a small run of CLASS that is finished; its folder is tmp_path/run."""
+    flags = [*small_flags(lists, size=64), *SMALL.split(), "--out", str(tmp_path / "run")]
+    class_net.main(flags)
+    return flags
+
+
+# ---- Schedules and flags -------------------------------------------------------------------------
+def test_an_epoch_reaches_a_milestone_at_the_same_share_of_any_run():
+    """The paper changes something from epoch 16 of 20 on, after three quarters of its run."""
+    first = {}
+    for epochs in (1, 2, 4, 20, 40):
+        schedule = Schedule(epochs, 1.0)
+        reached = [e for e in range(1, epochs + 1) if schedule.reached(e, 16, 20)]
+        first[epochs] = reached[0] if reached else None
+    assert first == {1: None, 2: None, 4: 4, 20: 16, 40: 31}
+
+
+def test_flags_are_completed_without_being_changed():
+    parser = class_net.build_parser()
+    args = parser.parse_args("--data photos --epochs 3".split())
+    before = dict(vars(args))
+    preset = {"stage1": Schedule(20, 0.1), "stage2": Schedule(10, 0.2), "size": 320}
+    full = flags.completed(args, preset)
+    assert (full.stage1, full.stage2, full.size) == (Schedule(3, 0.1), Schedule(3, 0.2), 320)
+    assert flags.completed(parser.parse_args(["--size", "96"]), preset).size == 96
+    assert vars(args) == before
+
+
+def test_help_shows_both_defaults():
+    paper = {"stage1": Schedule(20, 1.0), "stage2": Schedule(25, 0.005), "size": 320}
+    shapes = {"stage1": Schedule(3, 1.0), "stage2": Schedule(3, 0.01), "size": 160}
+    assert flags.defaults("lr", paper, shapes) == "[paper 1 0.005, shapes 1 0.01]"
+    assert flags.defaults("epochs", paper, shapes) == "[paper 20 25, shapes 3 3]"
+    assert flags.defaults("size", paper, shapes) == "[paper 320, shapes 160]"
+
+
+def test_a_sweep_over_seeds_keeps_its_runs():
+    parse = class_net.build_parser().parse_args
+    folders = [flags.run_folder(parse(["--seed", seed]), "m") for seed in ("0", "1", "2")]
+    assert [str(folder) for folder in folders] == [
+        "runs/m-shapes", "runs/m-shapes-seed1", "runs/m-shapes-seed2"
+    ]  # fmt: skip
+
+
+# ---- The run folder ------------------------------------------------------------------------------
+def test_a_folder_is_written_to_by_one_process_at_a_time(lists, tmp_path):
+    small = [*small_flags(lists, size=64), *SMALL.split(), "--out", str(tmp_path / "run")]
+    runtime.lock(tmp_path / "run")
+    runtime.lock(tmp_path / "run")  # a process may take its own folder again
+    done = run_script("class_net.py", *small)
+    assert done.returncode == 1 and "another process is writing to" in done.stderr
+    assert not (tmp_path / "run" / "last.pt").exists()
+    runtime._LOCKS.pop(os.path.realpath(tmp_path / "run")).close()  # as the end of a process does
+    assert run_script("class_net.py", *small).returncode == 0
+
+
+def test_temporary_files_of_a_killed_process_are_removed(trained, tmp_path):
+    rest = tmp_path / "run" / "pred" / ".x.png.123.part"
+    rest.write_text("half a file")
+    class_net.main(trained)
+    assert not rest.exists() and not list(tmp_path.glob("**/*.part"))
+
+
+def test_a_dry_run_is_replaced_and_replaces_nothing(lists, tmp_path):
+    small = [*small_flags(lists, size=64), *SMALL.split(), "--out", str(tmp_path / "run")]
+    class_net.main([*small, "--dry-run"])
+    class_net.main(small)  # over the dry run
+    assert not last(tmp_path / "run")["args"]["dry_run"]
+    assert "--dry-run would overwrite" in refused(class_net.main, *small, "--dry-run")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", {}, {"method": "class_net", "stage": 1}])
+def test_a_damaged_checkpoint_is_named_and_can_be_replaced(trained, tmp_path, content):
+    path = tmp_path / "run" / "last.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    for more in ([], ["--resume"]):
+        assert str(path) in refused(class_net.main, *trained, *more)
+    class_net.main([*trained, "--overwrite"])
+    assert last(tmp_path / "run")["epoch"] == 1
+
+
+def test_a_dry_run_s_network_is_told_from_a_trained_one(lists, tmp_path, capsys):
+    small = [*small_flags(lists, size=64), *SMALL.split(), "--out", str(tmp_path / "run")]
+    class_net.main([*small, "--dry-run"])
+    capsys.readouterr()
+    class_net.main(["--weights", str(tmp_path / "run" / "last.pt"), *small[2:4]])
+    assert "made by --dry-run" in capsys.readouterr().out
+
+
+# ---- What a run leaves behind --------------------------------------------------------------------
+def test_args_tell_what_was_run(trained, tmp_path):
+    found = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert found["flags"]["size"] == 64 and found["flags"]["epochs"] == 1
+    assert found["torch"] == torch.__version__ and found["minutes"] >= 0
+    assert {"command", "date", "machine", "commit", "numpy", "pillow"} <= found.keys()
+
+
+def test_minutes_count_what_was_before_an_interruption(tmp_path):
+    log = run.Log(tmp_path, 4)
+    log.lines = [{"epoch": 1, "loss": 1.0, "seconds": 90}, {"epoch": 2, "seconds": 30}]
+    log.write()
+    assert run.Log(tmp_path, 4, done=1).minutes == 1.5
+    assert "<svg" in (tmp_path / "log.svg").read_text()
+
+
+def test_pictures_are_drawn_without_evaluation_sets(tmp_path):
+    photos = tmp_path / "photos"
+    for i in range(2):
+        write_photo(photos / "images" / f"{i}.jpg", seed=i)
+        Image.new("L", (40, 40), 255 * i).save(write_photo(photos / "masks" / f"{i}.png"))
+    flags = f"--data {photos} --backbone tiny --size 64 --epochs 1 --batch-size 2 --device cpu"
+    class_net.main([*flags.split(), "--out", str(tmp_path / "run")])
+    picture = Image.open(tmp_path / "run" / "vis" / "epoch_001.png")
+    assert picture.size == (3 * 160, 2 * 160)  # photo, map, truth
+
+
+# ---- Where output goes ---------------------------------------------------------------------------
+def test_a_closed_pipe_does_not_stop_a_training(lists, tmp_path):
+    flags = [*small_flags(lists, size=64), *SMALL.split(), "--out", str(tmp_path / "run")]
+    program = subprocess.Popen(
+        [sys.executable, "class_net.py", *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    program.stdout.readline()
+    program.stdout.close()  # as `| head -1` does
+    errors = program.stderr.read()
+    assert program.wait() == 0 and b"Traceback" not in errors and b"Broken" not in errors
+    assert (tmp_path / "run" / "eval.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_device_and_a_link_stay_what_they_are(tmp_path):
+    with pytest.raises(UserError, match="cannot write /dev/full .No space left"):
+        runtime.save_json("/dev/full", {"a": 1})
+    assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full")
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    runtime.save_json(tmp_path / "link.json", 7)
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_text() == "7\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_log_file_on_a_full_disk_does_not_stop_a_program():
+    code = "from common.runtime import say; say('a'); say('b'); say('c', error=True)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (0, b"c\n")
+
+
+def test_out_of_memory_is_not_blamed_on_a_file(capsys):
+    def fail():
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    with pytest.raises(SystemExit) as end:
+        runtime.cli(fail)
+    assert "out of memory" in str(end.value) and "--batch-size" in str(end.value)
+    with pytest.raises(RuntimeError, match="another"):
+        runtime.cli(lambda: (_ for _ in ()).throw(RuntimeError("another")))
