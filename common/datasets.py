@@ -5,9 +5,11 @@
     open_set("NJUD+VT821")                     a joint set; its names are "NJUD/…" and "VT821/…"
     open_set("ECSSD@mine.txt")                 only the stems in a text file, one per line
     open_set("shapes")                         the built-in synthetic set (data/shapes.py)
+    open_photos([Path("a.jpg"), Path("new")])  every picture of files and folders, for --predict
     python -m common.datasets [--data-root DIR] [--deep] [SET ...]    what is there, is it whole?
 
-Every set is a `torch.utils.data.Dataset` with `names` and `title`; a sample is a plain dict:
+Every set is a `torch.utils.data.Dataset` with `names`, `title`, `bytes(index)` and `left_out`, the
+pictures that were found but are no part of it: [(file, reason)]. A sample is a plain dict:
 
     image     uint8 [3, H, W]             mask      uint8 [1, H, W], 0 or 255, or None
     modality  uint8 [3, H, W] or None     caption   list of all captions (str) or None
@@ -15,18 +17,18 @@ Every set is a `torch.utils.data.Dataset` with `names` and `title`; a sample is 
 
 Pairing. The innermost folder with a name from `ROLES` tells what a file is; if no folder is named
 for photos, the files without a role are the photos. A file's name is the rest of its path,
-without the suffix; files of one name belong together, in whatever order they lie. Where stem.jpg
-and stem.png lie side by side and there are no other masks (MSRA-B), the png is the mask. So the
-original archives, their common re-packs and your own folders open by the same rules.
+without the suffix, in Unicode's composed form; files of one name belong together, in whatever order
+they lie. Where stem.jpg and stem.png lie side by side and there are no other masks (MSRA-B), the
+png is the mask. So the original archives, their common re-packs and your own folders open by the
+same rules. Hidden files and run folders of this project are never read.
 """
 
 import argparse
-import csv
 import difflib
-import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,127 +36,190 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from common.images import eight_bits, load_grey, load_image, load_map, load_mask, read  # noqa: F401
-from common.runtime import UserError, cli, parallel_map, progress
+from common.images import load_grey, load_image, load_map, load_mask, load_modality  # noqa: F401
+from common.runtime import UserError, cli, parallel_map, progress, say
+from data.captions import read_captions
 from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, read_split, wrong_count
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")
+UNREAD = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".psd", ".svg", ".exr")
+UNREAD += (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw")  # of cameras
+
 MODALITIES = ("depth", "thermal", "flow")
-ROLES = {
-    word: role
-    for role, words in {  # spelt as plain() spells
-        "image": "image images img imgs rgb jpegimages",
-        "mask": "mask masks gt gts label labels groundtruth groundtruthmask segmentation "
-        "segmentations "
-        "annotation annotations pixelwisegtnewpng gtobjectlevel",
-        "depth": "depth depths",
-        "thermal": "t thermal",
-        "flow": "flow optical opticalflow",
-    }.items()
-    for word in words.split()
+WORDS = {  # names of folders by role, spelt as `plain` spells
+    "image": "image images img imgs rgb jpegimages",
+    "mask": "mask masks gt gts label labels groundtruth groundtruthmask segmentation segmentations "
+    "annotation annotations pixelwisegtnewpng gtobjectlevel",
+    "depth": "depth depths",
+    "thermal": "t thermal",
+    "flow": "flow optical opticalflow",
 }
+ROLES = {word: role for role, words in WORDS.items() for word in words.split()}
 
-
-def read_captions(folder: Path) -> dict[str, list[str]]:
-    """All captions by stem and by path, from the usual files in `folder` or one level below.
-
-    captions_*.json (COCO), Flickr8k.token.txt (name.jpg#0, tab, text), captions.txt (csv with the
-    columns image,caption). Raises `UserError` for a file of another form.
-    """
-    captions = defaultdict(list)
-    for pattern in ("captions*.json", "*.token.txt", "captions.txt"):
-        for path in sorted((*folder.glob(pattern), *folder.glob(f"*/{pattern}"))):
-            try:
-                text = path.read_text(encoding="utf-8-sig")
-                if path.suffix == ".json":
-                    content = json.loads(text)
-                    files = {image["id"]: image["file_name"] for image in content["images"]}
-                    rows = [(files[a["image_id"]], a["caption"]) for a in content["annotations"]]
-                elif path.name == "captions.txt":
-                    rows = [(r["image"], r["caption"]) for r in csv.DictReader(text.splitlines())]
-                else:
-                    rows = [re.split(r"#\d+\t", line) for line in text.splitlines() if line]
-                for name, caption in rows:
-                    photo = Path(name)
-                    for key in {photo.stem, photo.with_suffix("").as_posix()}:
-                        captions[key].append(caption.strip())
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                OSError,
-                RecursionError,
-                csv.Error,
-            ) as error:
-                raise UserError(
-                    f"{path} does not hold captions in a known form ({error!r}); "
-                    "fetch it again or rename it"
-                ) from None
-    return captions
-
-
-# ---- Finding and pairing files ---------------------------------------------------------------
 Row = tuple[Sequence[str], Sequence[str], Path]  # folders above that of the role, below it, file
+LeftOut = list[tuple[str, str]]  # (file, reason)
 
 
+# ---- Finding files -------------------------------------------------------------------------------
 def plain(text: str) -> str:
     """Lower case without blanks, hyphens and underscores: 'Training Set' -> 'trainingset'."""
     return re.sub(r"[-_ ]", "", text.lower())
 
 
+def composed(text: str) -> str:
+    """The text in Unicode's composed form: file systems differ in how they store 'é'."""
+    return unicodedata.normalize("NFC", text)
+
+
 def role_of(folder: str) -> str | None:
     """'GT' -> 'mask', 'DUTS-TR-Image' -> 'image', 'train-labels' -> 'mask', 'bear' -> None."""
+    role = ROLES.get(plain(folder))
     last = re.split(r"[-_ ]", folder.lower())[-1]
-    return ROLES.get(plain(folder)) or (ROLES.get(last) if len(last) > 1 else None)
+    if role is None and len(last) > 1:
+        role = ROLES.get(last)
+    return role
 
 
-def pictures(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names of its pictures), for `folder` and all below it that are not hidden."""
-    for base, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
-        yield Path(base), sorted(f for f in files if f[0] != "." and f.lower().endswith(SUFFIXES))
+def is_run(folder: str) -> bool:
+    """Whether a folder is the run folder of a script here, or a stage's folder in it."""
+    return any(os.path.exists(os.path.join(folder, mark)) for mark in (".lock", "args.json"))
 
 
-def scan(folder: Path, part: str = "") -> dict[str, list[Row]]:
-    """All pictures below `folder` by role.
+def pictures(folder: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, names of its pictures), for `folder` and all below it that are not hidden.
+
+    A link that points to a folder above it is not followed. Run folders below `folder` are skipped:
+    their labels and maps are no photos. What is skipped is added to `left_out`.
+    """
+    left_out = [] if left_out is None else left_out
+
+    def unreadable(error: OSError) -> None:
+        left_out.append((error.filename, f"cannot be read ({error.strerror})"))
+
+    chains = {os.fspath(folder): [os.path.realpath(folder)]}  # a folder and those above it
+    for base, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        chain = chains.pop(base)
+        kept = []
+        for name in sorted(folders):
+            path = os.path.join(base, name)
+            real = os.path.realpath(path)
+            if name.startswith(".") or name == "__MACOSX" or real in chain:
+                continue
+            if is_run(path):
+                maps = [file for file in sorted(Path(path).rglob("*")) if is_picture(file.name)]
+                left_out += [(str(file), "in a run folder") for file in maps]
+                continue
+            chains[path] = [*chain, real]
+            kept.append(name)
+        folders[:] = kept
+        for name in sorted(files):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in UNREAD and not name.startswith("."):
+                left_out.append(
+                    (os.path.join(base, name), f"of the kind {suffix}, which is not read")
+                )
+        yield Path(base), sorted(filter(is_picture, files))
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name is that of a picture which is read: not hidden, a known suffix."""
+    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+
+
+def scan(
+    folder: Path, part: str = "", left_out: LeftOut | None = None, ignore: Sequence[str] = ()
+) -> dict[str, list[Row]]:
+    """All pictures below `folder` by role; 'other' for those in no folder with a role.
 
     part: only what lies below a sub-folder whose name starts like this ('480p', 'train').
+    ignore: roles whose folders are read like any other folder.
     """
     found = defaultdict(list)
-    for base, files in pictures(folder):
+    for base, files in pictures(folder, left_out):
         steps = base.relative_to(folder).parts
         chosen = [bool(part) and plain(step).startswith(plain(part)) for step in steps]
         if part and not any(chosen):
             continue
+
+        # The last folder with a role decides; the first one divides the names of the others.
         roles = [role_of(step) for step in steps]
-        first = next((i for i, role in enumerate(roles) if role), len(steps))
-        rest = [i for i in range(len(steps)) if not roles[i] and not chosen[i]]
-        above, below = [steps[i] for i in rest if i < first], [steps[i] for i in rest if i > first]
-        found[next(filter(None, reversed(roles)), "other")] += [
-            (above, below, base / f) for f in files
-        ]
-    photos = found["image"] = found["image"] or found["other"]
-    if not found["mask"]:  # stem.jpg and stem.png side by side: the png is the mask
-        stems = {file.with_suffix("") for *_, file in photos if file.suffix.lower() != ".png"}
-        for role, is_mask in (("image", False), ("mask", True)):
-            found[role] = [
-                row
-                for row in photos
-                if is_mask == (row[2].suffix.lower() == ".png" and row[2].with_suffix("") in stems)
-            ]
+        places = [i for i, role in enumerate(roles) if role and role not in ignore]
+        named = [i for i in range(len(steps)) if i not in places and not chosen[i]]
+        first = places[0] if places else len(steps)
+        above = [steps[i] for i in named if i < first]
+        below = [steps[i] for i in named if i > first]
+        role = roles[places[-1]] if places else "other"
+        found[role] += [(above, below, base / file) for file in files]
     return found
 
 
-def by_name(rows: list[Row]) -> dict[str, Path]:
-    """{name: file}; raises `UserError` for two files of one name.
+def find_files(folder: Path, part: str, masks: bool, left_out: LeftOut) -> dict[str, list[Row]]:
+    """The pictures below `folder` by role, 'image' for the photos; see the head of the file.
 
-    Folders that all files share above the role's folder are not part of the name.
+    masks: whether masks are wanted. If not, folders that are only named like masks hold photos.
     """
+    found = scan(folder, part)
+    ignore = []
+    if not masks and not found["image"]:
+        photos = set(names_of(found["other"]))
+        for role in ("mask", *MODALITIES):
+            fits = not photos.isdisjoint(names_of(found[role]))
+            if not fits or role == "mask" and not are_masks(found[role]):
+                ignore.append(role)
+    found = scan(folder, part, left_out, ignore)
+
+    # Without a folder for photos they are what has no role. Else the others are strays.
+    if not found["image"]:
+        found["image"] = found["other"]
+        if not masks:
+            left_out += [(str(file), "taken for a mask") for *_, file in found["mask"]]
+    else:
+        left_out += [(str(file), "beside the folder of photos") for *_, file in found["other"]]
+    if found["mask"]:
+        return found
+
+    # The png beside another picture of the same stem is its mask.
+    stems = {file.with_suffix("") for *_, file in found["image"] if file.suffix.lower() != ".png"}
+    twins = [
+        row
+        for row in found["image"]
+        if row[2].suffix.lower() == ".png" and row[2].with_suffix("") in stems
+    ]
+    if masks or are_masks(twins):
+        found["mask"] = twins
+        found["image"] = [row for row in found["image"] if row not in twins]
+        if not masks:
+            left_out += [(str(file), "taken for a mask") for *_, file in twins]
+    return found
+
+
+def are_masks(rows: list[Row]) -> bool:
+    """Whether files that lie where masks would lie are masks, not photos.
+
+    Masks beside photos in folders of any name are of one per photo, without loss, and black and
+    white; the first is opened to see.
+    """
+    names = names_of(rows)
+    files = [file for *_, file in rows]
+    if len(set(names)) < len(names) or any(file.suffix.lower() in LOSSY for file in files):
+        return False
+    try:
+        return bool(files) and load_mask(files[0]) is not None
+    except UserError:
+        return False
+
+
+def names_of(rows: list[Row]) -> list[str]:
+    """The name of each row. Folders that all share above the role's folder are not part of it."""
     shared = len(os.path.commonprefix([above for above, _, _ in rows]))
+    return [composed("/".join((*above[shared:], *below, file.stem))) for above, below, file in rows]
+
+
+def by_name(rows: list[Row]) -> dict[str, Path]:
+    """{name: file}; raises `UserError` for two files of one name."""
     named = {}
-    for above, below, file in rows:
-        name = "/".join((*above[shared:], *below, file.stem))
+    for name, (*_, file) in zip(names_of(rows), rows):
         if name in named:
             raise UserError(f"{named[name]} and {file} have the same stem; keep one of them")
         named[name] = file
@@ -163,9 +228,11 @@ def by_name(rows: list[Row]) -> dict[str, Path]:
 
 def some(names: Sequence[str]) -> str:
     """The first three of many names."""
-    return ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    more = ", …" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
+# ---- Data sets -----------------------------------------------------------------------------------
 class Folder(Dataset):
     """The pictures below one folder, sorted by name.
 
@@ -183,34 +250,50 @@ class Folder(Dataset):
         part: str = "",
         sparse: bool = False,
     ):
-        rows = scan(folder, part)
+        self.title = title
+        self.left_out = []
+        rows = find_files(folder, part, "mask" in needs, self.left_out)
         kinds = [kind for kind in MODALITIES if rows[kind]]
         if len(kinds) > 1:
             raise UserError(f"{folder} has both {' and '.join(kinds)}; keep one of them in it")
-        needs = dict.fromkeys((*needs, *kinds))  # a folder of depth maps must be whole, too
-        files = {role: by_name(rows[role]) for role in ("image", *needs)}
+        self.modality = kinds[0] if kinds else None
+
+        # A folder of depth maps must be whole, too. A caption is found by the whole name, or by the
+        # stem.
+        needs = dict.fromkeys((*needs, *kinds))
+        self.files = {role: by_name(rows[role]) for role in ("image", *needs)}
         captions = read_captions(folder)
-        files["caption"] = {
-            name: captions.get(name) or captions[file.stem]
-            for name, file in files["image"].items()
-            if name in captions or file.stem in captions
-        }
-        names = files["image"].keys()
+        self.files["caption"] = {}
+        for name in self.files["image"]:
+            texts = captions.get(name) or captions.get(name.split("/")[-1])
+            if texts:
+                self.files["caption"][name] = texts
+
+        names = set(self.files["image"])
         if sparse:
-            names = names & files.get("mask", names)
+            lost = names - self.files.get("mask", names).keys()
+            names -= lost
+            self.left_out += [(str(self.files["image"][name]), "without a mask") for name in lost]
         if not names:
-            raise UserError(
-                f"no jpg, jpeg, png or bmp files{' with masks' * sparse} in {folder}"
-                + "; data/README.md says where masks come from" * sparse
-            )
-        self.names, self.files = sorted(names), files
-        self.title, self.modality = title, kinds[0] if kinds else None
+            what = "pictures with masks" if sparse else "pictures"
+            hint = "; data/README.md says where masks come from" if sparse else ""
+            raise UserError(f"no {what} ({', '.join(SUFFIXES)}) in {folder}{hint}")
+        self.names = sorted(names)
+        self.check_whole(folder, needs)
+
+    def check_whole(self, folder: Path, needs: Iterable[str]) -> None:
+        """Raise `UserError` if a picture lacks something; count files that belong to no picture."""
         for need in needs:
-            if lost := [name for name in self.names if name not in files[need]]:
+            files = self.files[need]
+            lost = [name for name in self.names if name not in files]
+            if lost:
                 raise UserError(
-                    f"{len(lost)} of {len(names)} pictures in {folder} have no {need}: "
+                    f"{len(lost)} of {len(self.names)} pictures in {folder} have no {need}: "
                     f"{some(lost)}; add what is missing, as data/README.md shows"
                 )
+            if need != "caption":
+                surplus = sorted(files.keys() - self.files["image"].keys())
+                self.left_out += [(str(files[name]), f"{need} of no picture") for name in surplus]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -218,8 +301,9 @@ class Folder(Dataset):
     def __getitem__(self, index: int) -> dict:
         name = self.names[index]
         path = {role: files.get(name) for role, files in self.files.items()}
-        image, mask, modality = load_image(path["image"]), None, None
+        image = load_image(path["image"])
         height, width = size = tuple(image.shape[1:])
+        mask = modality = None
         if path.get("mask"):
             mask = load_mask(path["mask"])
             if mask.shape[1:] != size:
@@ -228,15 +312,35 @@ class Folder(Dataset):
                     f"{path['image']} is {width} x {height}; a mask must fit its photo"
                 )
         if self.modality:  # sensors and flow networks often have another resolution
-            modality = TF.resize(load_image(path[self.modality]), list(size), antialias=True)
+            modality = load_modality(path[self.modality])
+            modality = TF.resize(modality, list(size), antialias=True)
         return {
             "image": image,
             "mask": mask,
             "modality": modality,
-            "caption": path["caption"],
+            "caption": path.get("caption"),
             "name": name,
             "size": size,
         }
+
+    def bytes(self, index: int) -> int:
+        """The size of the photo's file; raises `UserError` if it is gone."""
+        path = self.files["image"][self.names[index]]
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror})") from None
+
+
+class Photos(Folder):
+    """Pictures without anything that belongs to them: {name: file}."""
+
+    def __init__(self, files: dict[str, Path], title: str, left_out: LeftOut):
+        self.names = list(files)
+        self.files = {"image": files}
+        self.title = title
+        self.left_out = left_out
+        self.modality = None
 
 
 class View(Dataset):
@@ -246,8 +350,11 @@ class View(Dataset):
     """
 
     def __init__(self, picks: Iterable[tuple[Dataset, int, str]], title: str):
-        self.picks, self.title = list(picks), title
+        self.picks = list(picks)
+        self.title = title
         self.names = [name for _, _, name in self.picks]
+        sets = {id(dataset): dataset for dataset, _, _ in self.picks}
+        self.left_out = [item for dataset in sets.values() for item in dataset.left_out]
         name, times = Counter(self.names).most_common(1)[0]
         if times > 1:
             raise UserError(f"{title} holds {name} {times} times; join sets of different names")
@@ -259,13 +366,18 @@ class View(Dataset):
         dataset, i, name = self.picks[index]
         return {**dataset[i], "name": name}
 
+    def bytes(self, index: int) -> int:
+        """The size of the photo's file."""
+        dataset, i, _ = self.picks[index]
+        return dataset.bytes(i)
+
 
 def join(parts: Sequence[Dataset], title: str) -> View:
     """One set after the other; the names become '<set>/<name>'."""
-    return View(
-        [(part, i, f"{part.title}/{name}") for part in parts for i, name in enumerate(part.names)],
-        title,
-    )
+    picks = []
+    for part in parts:
+        picks += [(part, i, f"{part.title}/{name}") for i, name in enumerate(part.names)]
+    return View(picks, title)
 
 
 def restrict(dataset: Dataset, wanted: Iterable[str], source: str | Path, title: str) -> View:
@@ -275,7 +387,8 @@ def restrict(dataset: Dataset, wanted: Iterable[str], source: str | Path, title:
     """
     wanted = set(wanted)
     hits = [wanted & {name, name.rpartition("/")[0]} for name in dataset.names]
-    if lost := sorted(wanted.difference(*hits)):
+    lost = sorted(wanted.difference(*hits))
+    if lost:
         raise UserError(
             f"{len(lost)} of the {len(wanted)} stems in {source} are not in "
             f"{dataset.title}: {some(lost)}"
@@ -290,17 +403,74 @@ def thin(dataset: Dataset, step: int) -> View:
     clips = defaultdict(list)
     for index, name in enumerate(dataset.names):
         clips[name.rpartition("/")[0]].append((dataset, index, name))
-    return View(
-        [
-            pick
-            for clip, picks in clips.items()
-            for pick in picks[:: step if "select" in clip else 1]
-        ],
-        dataset.title,
-    )
+    picks = []
+    for clip, frames in clips.items():
+        picks += frames[::step] if "select" in clip else frames
+    return View(picks, dataset.title)
 
 
-# ---- Opening by name -------------------------------------------------------------------------
+def report_left_out(dataset: Dataset) -> None:
+    """Say on stderr how many pictures were left out, and why; nothing if none was."""
+    if dataset.left_out:
+        counts = Counter(reason for _, reason in dataset.left_out)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        say(
+            f"{dataset.title}: {len(dataset)} pictures; {len(dataset.left_out)} left out: "
+            f"{reasons} (the first: {dataset.left_out[0][0]})",
+            error=True,
+        )
+
+
+# ---- Photos to predict ---------------------------------------------------------------------------
+def open_photos(
+    paths: Path | Sequence[Path], root: str | Path, skip: Path | None = None
+) -> Dataset:
+    """Every picture of files and folders, whatever the folders' names: what --predict maps.
+
+    One path may also be a registered set, or a folder with photos and depth, thermal or flow
+    pictures, which then come with them, see `open_set`.
+    skip: the folder that the maps go to; what lies in it is left out.
+    A picture is called by its path below the folder that all paths share, without the suffix; those
+    that differ in the suffix alone keep it: the map of a.jpg beside a.png is a.jpg.png.
+    Raises `UserError` for a path that is not there, and if there is no picture.
+    """
+    paths = [Path(path) for path in (paths if isinstance(paths, Sequence) else [paths])]
+    for path in paths:
+        if not path.exists() and (len(paths) > 1 or is_picture(path.name)):
+            raise UserError(f"there is no file or folder {path}")
+    if len(paths) == 1 and not paths[0].is_file():
+        found = scan(paths[0])  # nothing if it is no folder
+        if not paths[0].exists() or found["image"] and any(found[kind] for kind in MODALITIES):
+            return open_set(paths[0], root, masks=False)
+
+    # Every file once, even if it was given twice.
+    left_out = []
+    files = {}
+    for path in paths:
+        found = [path]
+        if path.is_dir():
+            found = [base / name for base, names in pictures(path, left_out) for name in names]
+        for file in found:
+            if skip is not None and file.resolve().is_relative_to(skip.resolve()):
+                left_out.append((str(file), "in the folder of the maps"))
+            else:
+                files[os.path.abspath(file)] = file
+    if not files:
+        raise UserError(f"no pictures ({', '.join(SUFFIXES)}) in {some([str(p) for p in paths])}")
+
+    folders = [path.absolute() if path.is_dir() else path.absolute().parent for path in paths]
+    shared = os.path.commonpath(folders)
+    names = [composed(Path(os.path.relpath(file, shared)).as_posix()) for file in files]
+    times = Counter(os.path.splitext(name)[0].lower() for name in names)
+    for i, name in enumerate(names):
+        stem = os.path.splitext(name)[0]
+        if times[stem.lower()] == 1:
+            names[i] = stem
+    title = paths[0].resolve().name if len(paths) == 1 else "photos"
+    return Photos(dict(zip(names, files.values())), title, left_out)
+
+
+# ---- Opening by name -----------------------------------------------------------------------------
 class MissingSet(UserError):
     """A data set that is not there."""
 
@@ -311,11 +481,12 @@ def open_set(spec: str | Path, root: str | Path = "data", masks: bool = True) ->
     spec: a registered name, a built-in name (shapes, shapes-depth-test, …), or a folder, here or
           below `root`; any of them as SET@LIST, with a text file of stems (or of clips); or several
           joined with '+'. A name wins over a folder, and a path that exists over '@' and '+' in it.
-    masks: False neither looks for masks nor opens them.
+    masks: False neither needs nor reads masks (of a folder without names one is opened to see).
     A registered set with an unexpected number of images opens with a warning on stderr.
     Raises `UserError`: unknown or missing set, unpaired files, a list that does not fit the set.
     """
-    text, root = str(spec), Path(root)
+    text = str(spec)
+    root = Path(root)
     if "+" not in text or find_folder(text, root):
         return open_part(text, root, masks)
     parts = [open_part(part, root, masks) for part in text.split("+")]
@@ -332,14 +503,16 @@ def open_part(text: str, root: Path, masks: bool) -> Dataset:
     """Open a set that is not joint; see `open_set`."""
     if text in REGISTRY:
         dataset = open_registered(text, root, masks)
-        if miscount := wrong_count(text, len(dataset)):
-            print(f"warning: {text}: {miscount}; scores will not be comparable", file=sys.stderr)
+        miscount = wrong_count(text, len(dataset))
+        if miscount:
+            say(f"warning: {text}: {miscount}; scores will not be comparable", error=True)
         return dataset
     if text in SHAPES:
         from data.shapes import Shapes  # only who asks for shapes pays for drawing them
 
         return Shapes(**SHAPES[text])
-    if folder := find_folder(text, root):
+    folder = find_folder(text, root)
+    if folder:
         return Folder(folder, folder.resolve().name, ("mask",) if masks else ())
     if "@" in text:
         name, _, path = text.rpartition("@")
@@ -357,11 +530,15 @@ def open_part(text: str, root: Path, masks: bool) -> Dataset:
 def read_list(path: str | Path) -> list[str]:
     """The lines of a text file; '#' starts a comment line, picture suffixes are dropped."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise UserError(f"cannot read the list of stems {path} ({error.strerror})") from None
-    stems = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [s[: s.rindex(".")] if s.lower().endswith(SUFFIXES) else s for s in stems]
+    stems = []
+    for line in text.split("\n"):  # a stem may hold other characters at which splitlines() cuts
+        stem = composed(line.strip(" \t"))
+        if stem and not stem.startswith("#"):
+            stems.append(os.path.splitext(stem)[0] if is_picture(stem) else stem)
+    return stems
 
 
 def open_registered(name: str, root: Path, masks: bool = True) -> Dataset:
@@ -398,42 +575,71 @@ def open_place(place: str, name: str, root: Path, masks: bool) -> Dataset | None
     return dataset
 
 
-# ---- The checker: python -m common.datasets --------------------------------------------------
+# ---- The checker: python -m common.datasets ------------------------------------------------------
 def check(name: str, root: Path, deep: bool = False) -> tuple[str, int, str]:
-    """(state, number of images, reason) of any set.
+    """(state, number of images, what is to be said about it) of any set.
 
     state: complete, present (opens, but the right number is not known), broken, or missing.
-    deep: open every file, on all cores.
+    deep: open every file, on all cores, and count empty and full masks. Says what was left out.
     """
     try:
         dataset = open_registered(name, root) if name in REGISTRY else open_set(name, root)
+    except MissingSet as error:
+        return "missing", 0, str(error)
     except UserError as error:
-        return "missing" if isinstance(error, MissingSet) else "broken", 0, str(error)
-
-    def problem(index: int) -> str | None:
-        try:
-            dataset[index]
-        except UserError as error:
-            return str(error)
-
-    reason = wrong_count(name, len(dataset))
+        return "broken", 0, str(error)
+    report_left_out(dataset)
+    fault = wrong_count(name, len(dataset))
+    note = ""
     if deep:
-        found = parallel_map(problem, range(len(dataset)))
-        bad = [text for text in progress(found, f"read {name}", len(dataset)) if text]
-        reason = f"{len(bad)} bad samples, the first: {bad[0]}" if bad else reason
-    known = name in REGISTRY and REGISTRY[name].counts
-    return "broken" if reason else "complete" if known else "present", len(dataset), reason
+        bad, note = look_deep(dataset, name)
+        fault = bad or fault
+    if fault:
+        return "broken", len(dataset), fault
+    if name in REGISTRY and REGISTRY[name].counts:
+        return "complete", len(dataset), note
+    return "present", len(dataset), note
+
+
+def look_deep(dataset: Dataset, name: str) -> tuple[str, str]:
+    """(what is broken, what is unusual) in the samples of a set, each '' or one clause."""
+    kinds = {"bad sample": [], "empty mask": [], "full mask": []}
+
+    def look(index: int) -> tuple[str, str] | None:
+        try:
+            mask = dataset[index]["mask"]
+        except UserError as error:
+            return "bad sample", str(error)
+        if mask is None or mask.any() and not mask.all():
+            return None
+        return ("full mask" if mask.all() else "empty mask"), dataset.names[index]
+
+    looks = parallel_map(look, range(len(dataset)))
+    for found in progress(looks, f"read {name}", len(dataset)):
+        if found:
+            kinds[found[0]].append(found[1])
+    clauses = {
+        kind: f"{len(items)} {kind}s, the first: {items[0]}"
+        for kind, items in kinds.items()
+        if items
+    }
+    bad = clauses.pop("bad sample", "")
+    return bad, "; ".join(clauses.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """List the registered sets; exit status 1 if one that was named is broken or missing."""
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description=main.__doc__)
-    parser.add_argument("sets", nargs="*", metavar="SET", help="names or folders (default: all)")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), metavar="DIR")
-    parser.add_argument("--deep", action="store_true", help="open every file")
+    parser.add_argument("sets", nargs="*", metavar="SET", help="names or folders [all]")
+    parser.add_argument(
+        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="where they lie [data]"
+    )
+    parser.add_argument(
+        "--deep", action="store_true", help="open every file, and count empty and full masks"
+    )
     args = parser.parse_args(argv)
     failed = False
-    print(f"{'set':17} {'state':9} {'images':>7} {'expected':>13}  reason")
+    say(f"{'set':17} {'state':9} {'images':>7} {'expected':>13}  reason")
     for name in args.sets or REGISTRY:
         state, count, reason = check(name, args.data_root, args.deep)
         failed |= state in ("broken", "missing")
@@ -441,9 +647,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         expected = " or ".join(map(str, entry.counts)) if entry else ""
         if state == "missing" and not args.sets:  # a whole list of sentences would be hard to read
             reason = SOURCES[entry.origin]
-        print(f"{name:17} {state:9} {count or '-':>7} {expected or '-':>13}  {reason}".rstrip())
+        say(f"{name:17} {state:9} {count or '-':>7} {expected or '-':>13}  {reason}".rstrip())
         if args.sets and entry:
-            print(f"    source: {SOURCES[entry.origin]}\n    terms:  {TERMS[entry.origin]}")
+            say(f"    source: {SOURCES[entry.origin]}\n    terms:  {TERMS[entry.origin]}")
     if args.sets and failed:
         sys.exit(1)
 

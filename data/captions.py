@@ -1,5 +1,6 @@
-"""Captions as data: words, vocabulary, tokens, scores, and pictures of each word's attention.
+"""Captions as data: files, words, vocabulary, tokens, scores, pictures of each word's attention.
 
+    captions = read_captions(folder)           # {stem: captions of this photo}
     words = vocabulary(captions)               # the most frequent, 10,000 with three special ones
     tokens, counts = tokenise(captions, words)  # [N, most captions, 30] and captions per photo [N]
     tokens = mirrored(words)[tokens]           # the captions of the mirrored photos
@@ -9,9 +10,12 @@ Tokens are numbers of words: PAD after the end, START, the words, END. A word th
 vocabulary is left out; a caption with more than 28 words is cut and has no end.
 """
 
+import csv
+import json
 import re
-from collections import Counter
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +29,57 @@ from common.runtime import UserError, World, save_json, say
 
 PAD, START, END = 0, 1, 2
 LENGTH = 30
+
+# What the readers below raise where a file of captions has another form than they expect.
+FORM_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
+FORM_ERRORS += (IsADirectoryError,)
+
+
+# ---- Files of captions ---------------------------------------------------------------------------
+def read_captions(folder: Path) -> dict[str, list[str]]:
+    """All captions by stem and by path, from the usual files in `folder` or one level below.
+
+    captions_*.json (COCO), Flickr8k.token.txt (name.jpg#0, tab, text), captions.txt (csv with the
+    columns image,caption). Names are in Unicode's composed form (NFC).
+    Raises `UserError` for a file that cannot be read or has another form.
+    """
+    readers = {"captions*.json": coco_rows, "*.token.txt": flickr_rows, "captions.txt": csv_rows}
+    captions = defaultdict(list)
+    for pattern, read_rows in readers.items():
+        for path in sorted((*folder.glob(pattern), *folder.glob(f"*/{pattern}"))):
+            try:
+                for name, caption in read_rows(path):
+                    photo = Path(unicodedata.normalize("NFC", name))
+                    for key in {photo.stem, photo.with_suffix("").as_posix()}:
+                        captions[key].append(caption.strip())
+            except FORM_ERRORS as error:
+                raise UserError(
+                    f"{path} does not hold captions in a known form ({error!r}); fetch it again "
+                    "or rename it"
+                ) from None
+            except OSError as error:
+                raise UserError(f"cannot read the captions {path} ({error.strerror})") from None
+    return captions
+
+
+def coco_rows(path: Path) -> Iterable[tuple[str, str]]:
+    """(name of a photo, caption) of every annotation in a JSON of COCO."""
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    return [(files[note["image_id"]], note["caption"]) for note in content["annotations"]]
+
+
+def flickr_rows(path: Path) -> Iterable[tuple[str, str]]:
+    """(name of a photo, caption) of every line 'name.jpg#0<tab>caption'."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [re.split(r"#\d+\t", line, maxsplit=1) for line in lines if line]
+
+
+def csv_rows(path: Path) -> Iterable[tuple[str, str]]:
+    """(name of a photo, caption) of every row; a caption may hold commas that are not quoted."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    return [(row["image"], ",".join([row["caption"], *row.get(None, [])])) for row in rows]
 
 
 # ---- Words and tokens ----------------------------------------------------------------------------
