@@ -58,7 +58,7 @@ def error(call, *args) -> str:
     return str(caught.value)
 
 
-# ---- Ids -------------------------------------------------------------------------------------
+# ---- Ids -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "colour, number",
     [
@@ -84,7 +84,7 @@ def test_every_id_survives_a_png(tmp_path):
     assert (decode_ids(np.asarray(Image.open(tmp_path / "a.png"))) == ids).all()
 
 
-# ---- A scene ---------------------------------------------------------------------------------
+# ---- A scene -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("home", ["annotations", "."])  # where panoptic_val2017/ was unpacked
 def test_scene_of_things_stuff_crowd_and_void(tmp_path, home):
     scenes = Panoptic(make(tmp_path, home=home), "val2017")
@@ -118,7 +118,7 @@ def test_photos_that_are_not_there_are_left_out(tmp_path):
     assert "0 of the 0" in error(Panoptic, tmp_path, "val2017", [])
 
 
-# ---- Bad files -------------------------------------------------------------------------------
+# ---- Bad files -----------------------------------------------------------------------------------
 def test_what_is_missing_is_named(tmp_path):
     assert "panoptic_val2017.json" in error(Panoptic, tmp_path, "val2017")
     make(tmp_path)
@@ -272,7 +272,7 @@ def test_file_names_cannot_leave_their_folder(tmp_path, where, key):
         assert "outside of its folder" in error(Panoptic, tmp_path, "val2017")
 
 
-# ---- The real size ---------------------------------------------------------------------------
+# ---- The real size -------------------------------------------------------------------------------
 def test_a_json_of_118287_images_opens_in_seconds_and_4_gb(tmp_path):
     make(tmp_path)
     path, count = tmp_path / "annotations/panoptic_val2017.json", 118_287

@@ -87,7 +87,7 @@ def error(call, *args) -> str:
     return str(caught.value)
 
 
-# ---- Rules 1 and 2: what captions mention ----------------------------------------------------
+# ---- Rules 1 and 2: what captions mention --------------------------------------------------------
 def test_plurals():
     assert [
         plural(word) for word in ("dog", "bench", "bus", "box", "puppy", "boy", "stop sign")
@@ -149,7 +149,7 @@ def test_a_caption_votes_once():
     assert votes == Counter({"dog": 2, "cat": 1})
 
 
-# ---- Rules 3 to 6: what is chosen ------------------------------------------------------------
+# ---- Rules 3 to 6: what is chosen ----------------------------------------------------------------
 SIZE = (100, 200)  # 20,000 pixels
 
 
@@ -263,7 +263,7 @@ def test_mean_saliency_by_hand(root):
     assert "--predict" in error(mean_saliency, scenes, 0, maps)
 
 
-# ---- The tiny set ----------------------------------------------------------------------------
+# ---- The tiny set --------------------------------------------------------------------------------
 def test_the_tiny_set_has_cocos_form(drawn):
     folder = drawn / "COCO/annotations"
     content = json.loads((folder / "panoptic_train2017.json").read_text())
@@ -309,7 +309,7 @@ def test_the_tiny_set_depends_on_its_seed_alone(drawn, tmp_path):
     assert (tmp_path / "b" / name).read_bytes() != (drawn / name).read_bytes()
 
 
-# ---- The vote --------------------------------------------------------------------------------
+# ---- The vote ------------------------------------------------------------------------------------
 def test_vote_finds_the_known_salient_objects(root):
     for split in ("train2017", "val2017"):
         relabel.main(["--data-root", str(root), "--split", split, "--auto"])
@@ -335,7 +335,7 @@ def test_vote_finds_the_known_salient_objects(root):
         assert Image.open(root / f"COCO/sod/vote-{split}.png").width == 6 * 160
 
 
-def test_vote_leaves_what_was_done_by_hand_and_forgets_old_votes(root, capsys):
+def test_a_vote_replaces_old_votes_but_nothing_done_by_hand(root, capsys):
     flags = ["--data-root", str(root), "--auto"]
     relabel.main(flags)
     assert "recall" in capsys.readouterr().out
@@ -409,7 +409,7 @@ def test_vote_with_maps_and_lists(root, capsys):
     assert sorted(Choices(scenes).made) == scenes.names[:2]
 
 
-# ---- Choices ---------------------------------------------------------------------------------
+# ---- Choices -------------------------------------------------------------------------------------
 def test_choices_are_json_and_mask(root):
     choices = Choices(open_split(root))
     name, ids = choices.scenes.names[3], [s.id for s in choices.scenes.segments(3)][:2]
@@ -479,7 +479,7 @@ def test_malformed_choices_are_named(root):
     assert Choices(scenes).counts()["hand"] == 1
 
 
-# ---- Training on the result ------------------------------------------------------------------
+# ---- Training on the result ----------------------------------------------------------------------
 def test_coco_sod_opens_what_is_labelled(root):
     assert "data/README.md" in error(open_set, "COCO-SOD", root)
     scenes = open_split(root)

@@ -84,7 +84,7 @@ def alive(server: Server) -> bool:
     return told(server, "/set")["count"] == 5
 
 
-# ---- What the page gets ----------------------------------------------------------------------
+# ---- What the page gets --------------------------------------------------------------------------
 def test_everything_the_page_asks_for(server, root):
     scenes = server.choices.scenes
     assert ask(server, "/")[1] == PAGE.read_bytes()
@@ -221,7 +221,7 @@ def test_control_c_stops_without_a_traceback(root, monkeypatch, capsys):
     assert "5 images, 0 labelled by hand" in shown and "the next start continues here" in shown
 
 
-# ---- What it refuses -------------------------------------------------------------------------
+# ---- What it refuses -----------------------------------------------------------------------------
 def test_it_listens_on_loopback_only(server):
     assert server.server_address[0] == "127.0.0.1"
     assert server.socket.getsockname()[0] == "127.0.0.1"
