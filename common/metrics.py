@@ -8,8 +8,8 @@
     print(table({"ECSSD": metrics.scores()}))
 
 A map has grey levels v = 0..255, a mask G is boolean, N is the number of pixels, e = 2^-52. Every
-map is first stretched to its full range, t = (v - min) / (max - min); a constant map, and every
-map with `stretch=False`, is t = v / 255. B is the map made binary, B = (t >= threshold). A score
+map is first stretched to its full range, t = (v - min) / (max - min); for a constant map, and for
+every map with `stretch=False`, t = v / 255. B is the binarised map, B = (t >= threshold). A score
 is computed for each image; the score of a data set is the plain mean over its images.
 
   MAE   mean |t - G|                                                    [Perazzi, CVPR 2012]
@@ -18,23 +18,23 @@ is computed for each image; the score of a data set is the plain mean over its i
   E     sum over pixels of (a + 1)^2 / 4, divided by N - 1; a = 2xy / (x^2 + y^2 + e) compares
         x = B - mean B with y = G - mean G                              [Fan, IJCAI 2018]
   S     (S_object + S_region) / 2 of grey maps, see `s_measure`         [Fan, ICCV 2017]
-  wF    F with errors weighted by their place, see weighted_f.py        [Margolin, CVPR 2014]
+  wF    F whose errors are weighted by their place, see weighted_f.py   [Margolin, CVPR 2014]
   IoU   TP / (TP + FP + FN) of t > 0.5; 0 if both are empty
 
-F and E need a threshold, hence three versions of each:
-  _mean  mean over the 256 thresholds 0/255 .. 255/255
-  _max   best single threshold for the whole data set: the maximum of the averaged curve
-  _adp   adaptive threshold min(2 mean(t), 1), another one for every image
+F and E need a threshold, so there are three versions of each:
+  _mean  the mean over the 256 thresholds 0/255 .. 255/255
+  _max   the best single threshold for the whole data set: the maximum of the averaged curve
+  _adp   the adaptive threshold min(2 mean(t), 1), which differs from image to image
 Papers call both _mean and _adp "average F" (the code released with A2S computes _adp). Numbers
-compare only if version, stretching, rounding to 8 bits and resizing are the same.
+can be compared only if version, stretching, rounding to 8 bits and resizing are the same.
 
-No score but wF needs the image, only a joint histogram of it: how many pixels lie in block k of
-S, in class G, at level v. `count` makes these 4 x 2 x 256 numbers in one pass, the rest is
-arithmetic on them, and they can be stored, sent between processes and merged.
+Every score except wF can be computed from a joint histogram of map, mask and block: how many
+pixels lie in block k of S, in class G, at grey level v. `count` makes these 4 x 2 x 256 numbers in
+one pass. The rest is arithmetic on them, and they can be stored, sent between processes and merged.
 
-The values are those of PySODMetrics 1.6 to 1e-9, except where it fails or depends on rounding:
+The values equal those of PySODMetrics 1.6 to 1e-9, except where it fails or depends on rounding:
 a block of S without pixels counts 0 (there NaN), a block of one grey level has no variance, a
-level equal to the adaptive threshold is above it, E of a single pixel is divided by 1, not by 0.
+level equal to the adaptive threshold is above it, and E of a single pixel is divided by 1, not 0.
 """
 
 import argparse
@@ -48,26 +48,27 @@ from PIL import Image
 from torch import Tensor
 
 from common.curves import write_curves
-from common.datasets import SUFFIXES, by_name, load_grey, pictures
-from common.runtime import UserError, cli, parallel_map, progress, save_csv, save_json
+from common.datasets import SUFFIXES, by_name, pictures
+from common.images import load_map, load_mask
+from common.runtime import UserError, cli, parallel_map, progress, save_csv, save_json, say
 from common.weighted_f import FAR, weighted_f
 
 EPS = 2.0**-52
-BETA2 = 0.3  # in F; below 1 precision matters more than recall
+BETA2 = 0.3  # of F: a value below 1 gives precision more weight than recall
 NAMES = ("MAE", "F_mean", "F_adp", "F_max", "E_mean", "E_adp", "E_max", "S", "wF", "IoU")
 
 
 def to_uint8(prob: Tensor) -> Tensor:
     """Probabilities of any shape to the nearest grey levels 0..255, as a PNG stores them.
 
-    Values outside [0, 1] are clamped, for resizing overshoots. Raises ValueError for NaN.
+    Values outside [0, 1] are clamped, as resizing may overshoot. Raises ValueError for NaN.
     """
     if prob.isnan().any():
         raise ValueError("the prediction contains NaN and cannot be scored")
     return (prob.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-# ---- Pixels to counts ------------------------------------------------------------------------
+# ---- Pixels to counts ----------------------------------------------------------------------------
 def count(pred: Tensor, gt: Tensor) -> Tensor:
     """Joint histogram of each image: uint8 and bool [B, H, W] -> int32 [B, 4, 2, 256] on the CPU.
 
@@ -75,29 +76,37 @@ def count(pred: Tensor, gt: Tensor) -> Tensor:
     foreground), grey level. The four blocks meet at the foreground's centre of mass.
     """
     b, h, w = pred.shape
-    kind = torch.int16 if b < 16 else torch.int32  # 2048 bins per image
-    y, x = torch.arange(h, device=gt.device), torch.arange(w, device=gt.device)
-    in_row, in_col = gt.sum(2, dtype=torch.int32), gt.sum(1, dtype=torch.int32)  # [B, H], [B, W]
+    y = torch.arange(h, device=gt.device)
+    x = torch.arange(w, device=gt.device)
+
+    # The centre of mass. Halves are rounded to even numbers.
+    in_row = gt.sum(2, dtype=torch.int32)  # [B, H]
+    in_col = gt.sum(1, dtype=torch.int32)  # [B, W]
     n_fg = in_row.sum(1, keepdim=True).clamp(min=1).cpu().double()  # [B, 1]
-    # The top left block includes the centre. Halves are rounded to even numbers.
     cy = ((in_row * y).sum(1, keepdim=True).cpu() / n_fg).round().to(y)
     cx = ((in_col * x).sum(1, keepdim=True).cpu() / n_fg).round().to(x)
+
+    # Every pixel gets the number of its bin, of 2048 per image; int16 holds those of 15 images.
+    # The top left block includes the centre.
+    kind = torch.int16 if b < 16 else torch.int32
     image = torch.arange(b, device=gt.device, dtype=kind)[:, None]
     row = 2048 * image + 1024 * (y > cy).to(kind)  # [B, H]
     key = row[:, :, None] + 512 * (x > cx).to(kind)[:, None]  # [B, H, W]
     key.add_(gt, alpha=256).add_(pred)
-    return torch.bincount(key.flatten(), minlength=b << 11).view(b, 4, 2, 256).int().cpu()
+    counts = torch.bincount(key.flatten(), minlength=2048 * b)
+    return counts.view(b, 4, 2, 256).int().cpu()
 
 
 def value_range(counts: Tensor, stretch: bool) -> tuple[Tensor, Tensor]:
     """The grey levels that become t = 0 and t = 1: counts [N, 4, 2, 256] -> two int64 [N]."""
     used = (counts.sum((1, 2)) > 0).int()  # [N, 256]
-    low, high = used.argmax(1), 255 - used.flip(1).argmax(1)
+    low = used.argmax(1)
+    high = 255 - used.flip(1).argmax(1)
     fixed = (low == high) | (not stretch)
     return torch.where(fixed, 0, low), torch.where(fixed, 255, high)
 
 
-# ---- Counts to scores ------------------------------------------------------------------------
+# ---- Counts to scores ----------------------------------------------------------------------------
 def score_images(counts: Tensor, stretch: bool) -> dict[str, Tensor]:
     """Per image: NAMES but wF, float64 [N]; precision, recall, F, E at thresholds 255..0, [N, 256].
 
@@ -109,21 +118,33 @@ def score_images(counts: Tensor, stretch: bool) -> dict[str, Tensor]:
     t = ((v / 255 - low / 255) / (high / 255 - low / 255)).clamp(0, 1)  # [N, 256]
     counts = counts.double()
     bg, fg = counts.sum(1).unbind(1)  # [N, 256]
-    n_fg, n = fg.sum(1, keepdim=True), (bg + fg).sum(1, keepdim=True)  # [N, 1]
+    n_fg = fg.sum(1, keepdim=True)  # [N, 1]
+    n = (bg + fg).sum(1, keepdim=True)  # [N, 1]
 
     # Curves: column i counts the pixels with trunc(255 t) >= 255 - i.
     level = (t * 255).long()
-    tp, fp = (torch.zeros_like(t).scatter_add_(1, level, x).flip(1).cumsum(1) for x in (fg, bg))
-    precision, recall, f = f_measure(tp, fp, n_fg)  # [N, 256]
+
+    def at_least(pixels: Tensor) -> Tensor:
+        return torch.zeros_like(t).scatter_add_(1, level, pixels).flip(1).cumsum(1)
+
+    tp = at_least(fg)  # [N, 256]
+    fp = at_least(bg)
+    precision, recall, f = f_measure(tp, fp, n_fg)
     e = e_measure(tp, fp, n_fg, n)
 
-    # t >= min(2 mean(t), 1) in whole numbers (times n and high - low), so that ties are exact.
+    # The adaptive threshold: t >= min(2 mean(t), 1), times n (high - low) on both sides, so that
+    # only whole numbers are compared and ties are exact.
     rise = v - low
     twice_mean = 2 * ((bg + fg) * rise).sum(1, keepdim=True)
     adaptive = n * rise >= torch.minimum(twice_mean, n * (high - low))  # [N, 256]
-    tp, fp = ((x * adaptive).sum(1, keepdim=True) for x in (fg, bg))  # [N, 1]
-    f_adp, e_adp = f_measure(tp, fp, n_fg)[2], e_measure(tp, fp, n_fg, n)
-    tp, fp = ((x * (t > 0.5)).sum(1, keepdim=True) for x in (fg, bg))
+    tp = (fg * adaptive).sum(1, keepdim=True)  # [N, 1]
+    fp = (bg * adaptive).sum(1, keepdim=True)
+    f_adp = f_measure(tp, fp, n_fg)[2]
+    e_adp = e_measure(tp, fp, n_fg, n)
+
+    # IoU = TP / (TP + FP + FN), and TP + FN is the foreground.
+    tp = (fg * (t > 0.5)).sum(1, keepdim=True)  # [N, 1]
+    fp = (bg * (t > 0.5)).sum(1, keepdim=True)
     iou = divide(tp, fp + n_fg)
     return {
         "MAE": (bg * t + fg * (1 - t)).sum(1) / n[:, 0],
@@ -143,28 +164,37 @@ def score_images(counts: Tensor, stretch: bool) -> dict[str, Tensor]:
 
 
 def divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b; where b is 0, so is a here, and the result is 0."""
+    """a / b, and 0 where b is 0; a is then 0, too, wherever this is called."""
     return a / torch.where(b == 0, 1, b)
 
 
 def f_measure(tp: Tensor, fp: Tensor, n_fg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Precision, recall and F from numbers of pixels: tp, fp [N, K], n_fg [N, 1] -> [N, K] each."""
-    precision, recall = divide(tp, tp + fp), divide(tp, n_fg)
-    return precision, recall, divide((1 + BETA2) * precision * recall, BETA2 * precision + recall)
+    precision = divide(tp, tp + fp)
+    recall = divide(tp, n_fg)
+    f = divide((1 + BETA2) * precision * recall, BETA2 * precision + recall)
+    return precision, recall, f
 
 
 def e_measure(tp: Tensor, fp: Tensor, n_fg: Tensor, n: Tensor) -> Tensor:
     """E from numbers of pixels: tp, fp [N, K], n_fg, n [N, 1] -> [N, K].
 
-    B and G are binary, so there are only four kinds of pixels, each with one summand. For an
-    empty (full) mask the sum is the number of pixels that B calls background (foreground).
+    B and G are binary, so there are only four kinds of pixels, and all of a kind have the same
+    summand. For an empty (full) mask the sum is the number of pixels that B calls background
+    (foreground).
     """
-    mean_b, mean_g = (tp + fp) / n, n_fg / n
+    mean_b = (tp + fp) / n
+    mean_g = n_fg / n
+    fn = n_fg - tp
+    tn = n - n_fg - fp
     total = torch.zeros_like(tp)
-    for b, g, pixels in ((1, 1, tp), (1, 0, fp), (0, 1, n_fg - tp), (0, 0, n - n_fg - fp)):
-        x, y = b - mean_b, g - mean_g
+    for b, g, pixels in ((1, 1, tp), (1, 0, fp), (0, 1, fn), (0, 0, tn)):
+        x = b - mean_b
+        y = g - mean_g
         total += pixels * (2 * x * y / (x * x + y * y + EPS) + 1) ** 2 / 4
-    total = torch.where(n_fg == 0, n - tp - fp, torch.where(n_fg == n, tp + fp, total))
+
+    total = torch.where(n_fg == 0, n - tp - fp, total)
+    total = torch.where(n_fg == n, tp + fp, total)
     return total / (n - 1).clamp(min=1)
 
 
@@ -176,19 +206,25 @@ def s_measure(counts: Tensor, t: Tensor) -> Tensor:
     For an empty (full) mask S is 1 - mean t (mean t).
     """
     bg, fg = counts.sum(1).unbind(1)  # [N, 256]
-    n_fg, n = fg.sum(1), (bg + fg).sum(1)  # [N]
-    share, mean = n_fg / n, ((bg + fg) * t).sum(1) / n
+    n_fg = fg.sum(1)  # [N]
+    n = (bg + fg).sum(1)
+
+    share = n_fg / n
     s_object = share * object_score(fg, t) + (1 - share) * object_score(bg, 1 - t)
     area = counts.sum((2, 3)) / n[:, None]  # [N, 4]
     s_region = (area * block_similarity(counts, t[:, None])).sum(1)
     s = ((s_object + s_region) / 2).clamp(min=0)
-    return torch.where(n_fg == 0, 1 - mean, torch.where(n_fg == n, mean, s))
+
+    mean = ((bg + fg) * t).sum(1) / n
+    s = torch.where(n_fg == 0, 1 - mean, s)
+    return torch.where(n_fg == n, mean, s)
 
 
 def object_score(pixels: Tensor, value: Tensor) -> Tensor:
-    """O = 2m / (m^2 + 1 + sd) of the values [N, 256], the i-th occurring pixels[:, i] times -> [N].
+    """O = 2m / (m^2 + 1 + sd): pixels [N, 256], value [N, 256] -> [N].
 
-    m: mean, sd: standard deviation with divisor n - 1 (0 for one pixel).
+    value[:, i] occurs pixels[:, i] times. m is the mean, sd the standard deviation with the divisor
+    n - 1 (0 for one pixel).
     """
     n = pixels.sum(1)
     m = divide((pixels * value).sum(1), n)
@@ -203,21 +239,27 @@ def block_similarity(counts: Tensor, t: Tensor) -> Tensor:
     1 if the denominator is 0: both are constant (whatever the constants), or both are empty.
     """
     bg, fg = counts.unbind(2)  # [N, 4, 256]
-    both, n_bg, n_fg = bg + fg, bg.sum(2), fg.sum(2)
-    n = n_bg + n_fg  # [N, 4]
-    x, y = divide((both * t).sum(2), n), divide(n_fg, n)
-    # In floating point the mean of a constant may differ from it, so say that it does not.
+    both = bg + fg
+    n_bg = bg.sum(2)  # [N, 4]
+    n_fg = fg.sum(2)
+    n = n_bg + n_fg
+    x = divide((both * t).sum(2), n)
+    y = divide(n_fg, n)
+
+    # In floating point the mean of a constant may differ from it; its deviation is set to 0.
     constant = (both > 0).sum(2, keepdim=True) == 1
     dx = torch.where(constant, 0, t - x[..., None])  # [N, 4, 256]
+
     free = (n - 1).clamp(min=1)
     c_x = (both * dx**2).sum(2) / free
     c_y = (n_fg * (1 - y) ** 2 + n_bg * y**2) / free
     c = ((fg * dx).sum(2) * (1 - y) - (bg * dx).sum(2) * y) / free
-    top, bottom = 4 * x * y * c, (x**2 + y**2) * (c_x + c_y)
+    top = 4 * x * y * c
+    bottom = (x**2 + y**2) * (c_x + c_y)
     return torch.where(top != 0, top / (bottom + EPS), (bottom == 0).double())
 
 
-# ---- The scores of a data set ----------------------------------------------------------------
+# ---- The scores of a data set --------------------------------------------------------------------
 class Metrics:
     """Collects what the scores need from predictions and masks, 8 KB per image.
 
@@ -226,7 +268,7 @@ class Metrics:
 
     def __init__(self, wf: bool = True, stretch: bool = True):
         self.wf, self.stretch = wf, stretch
-        # numpy, for a tensor that is sent to another process costs an open file
+        # numpy arrays, because every tensor sent to another process costs an open file
         self._counts: list[np.ndarray] = []  # int32 [b, 4, 2, 256]
         self._wf: list[float] = []
 
@@ -235,24 +277,24 @@ class Metrics:
 
         They are counted on their device; weighted F is computed on the CPU.
         """
-        given = [(x.dtype, tuple(x.shape)) for x in (pred, gt)]
-        if (
-            (pred.dtype, gt.dtype) != (torch.uint8, torch.bool)
-            or pred.shape != gt.shape
-            or pred.dim() not in (2, 3)
-            or pred.numel() == 0
-        ):
+        fits = pred.dtype == torch.uint8 and gt.dtype == torch.bool and pred.shape == gt.shape
+        if not fits or pred.dim() not in (2, 3) or pred.numel() == 0:
             raise ValueError(
-                "prediction and mask must be uint8 and bool, both [B, H, W] or [H, W] "
-                f"and not empty, but are {given[0]} and {given[1]}; see to_uint8"
+                "prediction and mask must be uint8 and bool, both [B, H, W] or [H, W] and not "
+                f"empty, but are {pred.dtype} {list(pred.shape)} and {gt.dtype} {list(gt.shape)}; "
+                "see to_uint8"
             )
-        pred, gt = (x.reshape(-1, *x.shape[-2:]) for x in (pred, gt))
-        size = 1 if pred.device.type == "cpu" else len(pred)  # one image fits the CPU's cache
+        pred = pred.reshape(-1, *pred.shape[-2:])  # [B, H, W]
+        gt = gt.reshape(-1, *gt.shape[-2:])
+
+        # On the CPU one image at a time is faster, as it fits the cache.
+        size = 1 if pred.device.type == "cpu" else len(pred)
         counts = torch.cat([count(p, g) for p, g in zip(pred.split(size), gt.split(size))])
         self._counts.append(counts.numpy())
         if self.wf:
-            levels = [level.tolist() for level in value_range(counts, self.stretch)]
-            self._wf += [weighted_f(*one) for one in zip(pred.cpu(), gt.cpu(), *levels)]
+            low, high = value_range(counts, self.stretch)
+            images = zip(pred.cpu(), gt.cpu(), low.tolist(), high.tolist())
+            self._wf += [weighted_f(*image) for image in images]
 
     def merge(self, other: "Metrics") -> None:
         """Append the images of another `Metrics` (of another process: it can be pickled).
@@ -291,93 +333,150 @@ class Metrics:
     def scores(self) -> dict[str, float | None]:
         """n and NAMES, means over images; wF is None if wf=False. UserError without images."""
         images = self._images()
-        result = {name: images[name].mean().item() if name in images else None for name in NAMES}
-        best = {f"{name}_max": images[name].mean(0).max().item() for name in ("F", "E")}
-        return {"n": len(images["MAE"])} | result | best
+        result = {"n": len(images["MAE"])}
+        for name in NAMES:
+            result[name] = images[name].mean().item() if name in images else None
+        for name in ("F", "E"):  # one threshold for all images, not the best of each
+            result[f"{name}_max"] = images[name].mean(0).max().item()
+        return result
 
 
+# ---- Tables --------------------------------------------------------------------------------------
 def table(results: Mapping[str, Mapping], style: str = "text", mark_best: bool = False) -> str:
     """{row title: scores} as a table with three decimals; style: text, markdown or latex.
 
     mark_best: markdown and LaTeX show the best of each column bold (rows are rivals, not sets).
     """
-    bold = {"markdown": "**{}**", "latex": r"\textbf{{{}}}"}.get(style, "{}")
-    special = {"markdown": "|", "latex": "_&%#$"}.get(style, "")
-    columns = [["", *results], ["n", *(str(scores["n"]) for scores in results.values())]]
+    make, bold = {
+        "text": (text_table, "{}"),
+        "markdown": (markdown_table, "**{}**"),
+        "latex": (latex_table, r"\textbf{{{}}}"),
+    }[style]
+    return make(rows_of(results, bold if mark_best else "{}"))
+
+
+def rows_of(results: Mapping[str, Mapping], bold: str) -> list[list[str]]:
+    """The header and a row of cells per title; `bold` is the form of the best of each column."""
+    titles = ["", *results]
+    counts = ["n", *(str(scores["n"]) for scores in results.values())]
+    columns = [titles, counts]
     for name in NAMES:
-        cells = [
-            "-" if scores[name] is None else f"{scores[name]:.3f}" for scores in results.values()
-        ]
-        if mark_best and "-" not in cells:
-            best = (min if name == "MAE" else max)(cells)
+        values = [scores[name] for scores in results.values()]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        best = min(cells, default="") if name == "MAE" else max(cells, default="")
+        if None not in values:
             cells = [bold.format(cell) if cell == best else cell for cell in cells]
         columns.append([name, *cells])
-    rows = [
-        ["".join("\\" * (letter in special) + letter for letter in cell) for cell in row]
-        for row in zip(*columns)
-    ]
+    return [list(row) for row in zip(*columns)]
+
+
+def escaped(rows: list[list[str]], special: str) -> list[list[str]]:
+    """The cells with a backslash before every special letter."""
+
+    def escape(cell: str) -> str:
+        return "".join("\\" + letter if letter in special else letter for letter in cell)
+
+    return [[escape(cell) for cell in row] for row in rows]
+
+
+def aligned(rows: list[list[str]]) -> list[list[str]]:
+    """Cells of equal width in each column: titles to the left, numbers to the right."""
     widths = [max(3, *map(len, column)) for column in zip(*rows)]
-    if style == "markdown":
-        rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    left, gap, right = {
-        "text": ("", "  ", ""),
-        "markdown": ("| ", " | ", " |"),
-        "latex": ("", " & ", r" \\"),
-    }[style]
-    lines = []
-    for title, *cells in rows:
-        cells = [title.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]
-        lines.append(left + gap.join(cells) + right)
-    if style == "latex":
-        begin = r"\begin{tabular}{l" + "r" * len(widths[1:]) + "}"
-        lines = [begin, lines[0], r"\hline", *lines[1:], r"\end{tabular}"]
-    return "\n".join(lines)
+    return [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        for row in rows
+    ]
 
 
-# ---- Folders ---------------------------------------------------------------------------------
+def text_table(rows: list[list[str]]) -> str:
+    """For the terminal."""
+    return "\n".join("  ".join(row) for row in aligned(rows))
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """For a README."""
+    head, *body = aligned(escaped(rows, "|"))
+    rule = ["-" * len(head[0]), *("-" * (len(cell) - 1) + ":" for cell in head[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
+
+
+def latex_table(rows: list[list[str]]) -> str:
+    """For a paper."""
+    head, *body = [" & ".join(row) + r" \\" for row in aligned(escaped(rows, "_&%#$"))]
+    begin = r"\begin{tabular}{l" + "r" * (len(rows[0]) - 1) + "}"
+    return "\n".join([begin, head, r"\hline", *body, r"\end{tabular}"])
+
+
+# ---- Folders -------------------------------------------------------------------------------------
 def find_images(folder: str | Path) -> dict[str, Path]:
     """{path below `folder` without suffix: file}, with sub-folders.
 
-    Raises UserError if there is none, or if two differ in the suffix alone.
+    What is left out is said on stderr. Raises UserError if there is no picture, or if two differ
+    only in the suffix.
     """
-    rows = [
-        ([], base.relative_to(folder).parts, base / file)
-        for base, files in pictures(Path(folder))
-        for file in files
-    ]
+    rows = []
+    left_out = []
+    for base, files in pictures(Path(folder), left_out):
+        below = base.relative_to(folder).parts
+        rows += [([], below, base / file) for file in files]
+    if left_out:
+        file, reason = left_out[0]
+        say(
+            f"{folder}: {len(rows)} pictures; {len(left_out)} left out (the first: {file}, "
+            f"{reason})",
+            error=True,
+        )
     if not rows:
         raise UserError(f"{folder} is not a folder with images ({', '.join(SUFFIXES)})")
     return by_name(rows)
 
 
+def load_foreground(path: Path, gt_rule: str) -> np.ndarray:
+    """The foreground of a mask, bool [H, W].
+
+    gt_rule: '128' decides as the data sets do (`load_mask`: grey above 128, but also masks of 0 and
+    1, painted ones, and more); 'half' takes what is above half of the mask's maximum.
+    """
+    if gt_rule == "128":
+        return load_mask(path)[0].numpy() > 0
+    levels = np.asarray(load_map(path))
+    return levels > levels.max() / 2
+
+
 def score_files(
     pair: tuple[Path, Path], wf: bool, stretch: bool, gt_rule: str, resize: str, empty: str
 ) -> tuple[Metrics | None, dict[str, str]]:
-    """Metrics of one map and mask (None if they are not scored), and {problem: what it is}."""
+    """Metrics of one map and mask (None if they are not scored), and {problem: what it is}.
+
+    A cut-out (RGBA) given as a map is read by its alpha. For the options see `evaluate_folders`.
+    """
     try:
-        grey, mask = (load_grey(path) for path in pair)
+        grey = load_map(pair[0])
+        inside = load_foreground(pair[1], gt_rule)
     except UserError as error:
         return None, {"unreadable": str(error)}
-    levels, size = np.asarray(mask), mask.size
-    if wf and max(size) >= FAR:
+    height, width = inside.shape
+    if wf and max(height, width) >= FAR:
         return None, {
-            "unreadable": f"{pair[1]} ({max(size)} pixels on a side, too many for wF; "
-            "leave it out with --no-wf)"
+            "unreadable": f"{pair[1]} has {max(height, width)} pixels on a side, too many for wF; "
+            "leave wF out with --no-wf"
         }
-    inside = torch.from_numpy(levels > (128 if gt_rule == "128" else levels.max() / 2))
+
     low, high = grey.getextrema()
     found = {
-        "resized": grey.size != size,
+        "resized": grey.size != (width, height),
         "empty mask": not inside.any(),
+        "full mask": inside.all(),
         "constant map": low == high,
     }
     notes = {problem: "" for problem, holds in found.items() if holds}
     if empty == "skip" and "empty mask" in notes:
         return None, notes
-    if grey.size != size:
-        grey = grey.resize(size, Image.Resampling[resize.upper()])
+
+    if "resized" in notes:
+        grey = grey.resize((width, height), Image.Resampling[resize.upper()])
     metrics = Metrics(wf, stretch)
-    metrics.add(torch.from_numpy(np.array(grey)), inside)
+    metrics.add(torch.from_numpy(np.array(grey)), torch.from_numpy(inside))
     return metrics, notes
 
 
@@ -392,11 +491,12 @@ def evaluate_folders(
 ) -> tuple[Metrics, list[str], dict[str, list[str]]]:
     """Score the maps in `pred` against the masks in `gt`, paired by stem, on all cores.
 
-    gt_rule: foreground is above '128', or above 'half' of the mask's maximum (masks of 0 and 1).
-    resize: filter for a map of another size than its mask. empty: 'keep' or 'skip' empty masks.
+    gt_rule: what is foreground, '128' or 'half', see `load_foreground`. resize: the filter for a
+    map of another size than its mask. empty: 'keep' or 'skip' empty masks.
     Returns the metrics, the stems scored, {problem: files}. Raises UserError if nothing pairs up.
     """
-    maps, masks = find_images(pred), find_images(gt)
+    maps = find_images(pred)
+    masks = find_images(gt)
     names = sorted(maps.keys() & masks.keys())
     if not names:
         raise UserError(f"no file in {pred} has the stem of a mask in {gt}; check both folders")
@@ -406,19 +506,24 @@ def evaluate_folders(
         "extra": sorted(maps.keys() - masks.keys()),
         "resized": [],
         "empty mask": [],
+        "full mask": [],
         "constant map": [],
     }
-    total, scored, threads = Metrics(wf, stretch), [], torch.get_num_threads()
-    torch.set_num_threads(1)  # one image per core beats all cores on one image
+    score = partial(
+        score_files, wf=wf, stretch=stretch, gt_rule=gt_rule, resize=resize, empty=empty
+    )
+    pairs = [(maps[name], masks[name]) for name in names]
+    total = Metrics(wf, stretch)
+    scored = []
+
+    # One image per core is faster than all cores on one image.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        score = partial(
-            score_files, wf=wf, stretch=stretch, gt_rule=gt_rule, resize=resize, empty=empty
-        )
-        pairs = [(maps[name], masks[name]) for name in names]
         results = progress(parallel_map(score, pairs, processes=True), str(pred), len(names))
         for name, (metrics, notes) in zip(names, results):
-            for problem, text in notes.items():
-                report[problem].append(text or name)
+            for problem, reason in notes.items():
+                report[problem].append(reason or name)
             if metrics:
                 total.merge(metrics)
                 scored.append(name)
@@ -427,30 +532,49 @@ def evaluate_folders(
     return total, scored, report
 
 
+def show_report(report: dict[str, list[str]]) -> None:
+    """Print what was found in a folder; what its masks and the broken files are goes to stderr."""
+    for problem, files in report.items():
+        count = f"  {len(files)} {problem}"
+        if not files:
+            continue
+        if problem == "unreadable":
+            for reason in files:
+                say(f"  unreadable: {reason}", error=True)
+        elif problem == "missing":
+            say(f"{count}: {', '.join(files)}")
+        else:
+            more = ", ..." if len(files) > 4 else ""
+            on_stderr = problem in ("empty mask", "full mask")
+            say(f"{count}: {', '.join(files[:4])}{more}", error=on_stderr)
+
+
+# ---- Command line --------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
     """The options of `python -m common.metrics`."""
     parser = argparse.ArgumentParser("python -m common.metrics", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("pred", nargs="+", type=Path, help="folder of maps, png or jpg; several are compared")
+    add("pred", nargs="+", type=Path, help="folder of maps or cut-outs; several are compared")
     add("gt", type=Path, help="folder of masks with the same stems")
     add(
         "--gt-rule",
         choices=("128", "half"),
         default="128",
-        help="foreground is > 128, or > half of the mask's maximum (default: 128)",
+        help="128: masks are read as in data sets, grey is foreground above 128; half: above half "
+        "of the mask's maximum [128]",
     )
     add(
         "--resize",
         choices=("bilinear", "bicubic", "nearest"),
         default="bilinear",
-        help="filter for maps of another size than their mask (default: bilinear)",
+        help="filter for maps of another size than their mask [bilinear]",
     )
     add("--no-stretch", dest="stretch", action="store_false", help="score v / 255, no stretching")
     add(
         "--empty",
         choices=("keep", "skip"),
         default="keep",
-        help="images with an empty mask, whose F, wF and IoU are 0 (default: keep)",
+        help="images with an empty mask, whose F, wF and IoU are 0 [keep]",
     )
     add("--no-wf", dest="wf", action="store_false", help="leave out weighted F, for speed")
     add("--allow-missing", action="store_true", help="score what can be read, whatever is missing")
@@ -467,49 +591,52 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def csv_rows(title: str, names: list[str], metrics: Metrics) -> list[list]:
+    """The scores of each image of a folder, a row per image; wF is empty if it was left out."""
+    images = {name: values.tolist() for name, values in metrics.per_image().items()}
+    blank = [""] * len(names)
+    return [[title, *row] for row in zip(names, *(images.get(name, blank) for name in NAMES))]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Score folders, print a report and a table; UserError if a pair cannot be scored."""
     args = build_parser().parse_args(argv)
     if args.curves and args.curves.suffix.lower() not in (".svg", ".csv"):
         raise UserError(f"--curves {args.curves} must end in .svg or .csv")
+
     options = {name: getattr(args, name) for name in ("gt_rule", "stretch", "resize", "empty")}
-    results, curves, lines, lost = {}, {}, [["folder", "image", *NAMES]], 0
+    results = {}
+    curves = {}
+    rows = [["folder", "image", *NAMES]]
+    lost = 0
     for folder in args.pred:
         metrics, names, report = evaluate_folders(folder, args.gt, args.wf, **options)
-        print(f"{folder}: {len(names)} images")
-        for problem, files in report.items():
-            if files:
-                shown = files if problem in ("missing", "unreadable") else files[:4]
-                more = ", ..." * (len(shown) < len(files))
-                print(f"  {len(files)} {problem}: {', '.join(shown)}{more}")
-        if report["empty mask"] and args.gt_rule == "128":
-            print("  (masks of 0 and 1 look empty: read them with --gt-rule half)")
+        say(f"{folder}: {len(names)} images")
+        show_report(report)
         lost += len(report["missing"]) + len(report["unreadable"])
         title = folder.as_posix()
         results[title] = metrics.scores() | {"options": options}
         if args.curves:
             curves[title] = metrics.curves()
         if args.csv:
-            images = {key: value.tolist() for key, value in metrics.per_image().items()}
-            lines += [
-                [title, name, *(images[key][i] if key in images else "" for key in NAMES)]
-                for i, name in enumerate(names)
-            ]
+            rows += csv_rows(title, names, metrics)
     if lost and not args.allow_missing:
         raise UserError(
             f"{lost} of the pairs of map and mask cannot be scored (listed above), and "
             "the scores of the others would not compare; complete the folders or use "
             "--allow-missing"
         )
-    print(
-        f"options: mask > {args.gt_rule}, {'' if args.stretch else 'not '}stretched, resize "
-        f"{args.resize}, empty masks {args.empty}; beta^2 is 0.3 in F, 1 in wF; IoU at 0.5"
+
+    stretched = "stretched" if args.stretch else "not stretched"
+    say(
+        f"options: mask > {args.gt_rule}, {stretched}, resize {args.resize}, empty masks "
+        f"{args.empty}; beta^2 is 0.3 in F, 1 in wF; IoU at 0.5"
     )
-    print(table(results, args.style, mark_best=len(results) > 1))
+    say(table(results, args.style, mark_best=len(results) > 1))
     if args.json:
         save_json(args.json, results if len(results) > 1 else results[title])
     if args.csv:
-        save_csv(args.csv, lines)
+        save_csv(args.csv, rows)
     if args.curves:
         write_curves(args.curves, curves)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.datasets import load_grey
+from common.images import load_map
 from common.metrics import (
     NAMES,
     Metrics,
@@ -22,6 +22,7 @@ from common.metrics import (
     evaluate_folders,
     find_images,
     main,
+    score_files,
     table,
     to_uint8,
 )
@@ -167,7 +168,7 @@ def assert_close(found, expected, tolerance=1e-9):
         assert found[name] == pytest.approx(value, abs=tolerance), name
 
 
-# ---- Reference values ------------------------------------------------------------------------
+# ---- Reference values ----------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", REFERENCE)
 def test_values_of_pysodmetrics(kind):
     assert_close(score(*pair(kind)), dict(zip(NAMES, REFERENCE[kind])))
@@ -189,7 +190,7 @@ def test_mean_over_a_data_set():
     assert found["n"] == 8 and isinstance(found["n"], int)
 
 
-# ---- By hand ---------------------------------------------------------------------------------
+# ---- By hand -------------------------------------------------------------------------------------
 GT = [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 PRED = [[255, 255, 0, 0], [255, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 255]]
 
@@ -312,7 +313,7 @@ def test_perfect_map_with_an_empty_block():
     assert_close(score([[0, 255]], [[0, 1]]), {"S": 1, "wF": 1, "F_adp": 1, "MAE": 0})
 
 
-# ---- Brute force -----------------------------------------------------------------------------
+# ---- Brute force ---------------------------------------------------------------------------------
 def weighted_f_by_definition(pred, gt):
     """Loops over pixels; t = v / 255."""
     h, w = gt.shape
@@ -380,7 +381,7 @@ def test_distance_transform_is_exact():
         assert torch.equal(found.long(), expected.amin(1))
 
 
-# ---- Invariances -----------------------------------------------------------------------------
+# ---- Invariances ---------------------------------------------------------------------------------
 def test_flips_and_transposition():
     pred, gt = pair("soft")
     base = score(pred, gt)
@@ -451,7 +452,7 @@ def test_without_weighted_f():
     assert_close(found, {k: v for k, v in score(*pair("soft")).items() if k != "wF"}, 0)
 
 
-# ---- Input -----------------------------------------------------------------------------------
+# ---- Input ---------------------------------------------------------------------------------------
 def test_to_uint8_rounds():
     prob = torch.tensor([-0.1, 0.0, 0.49 / 255, 0.51 / 255, 0.999, 1.2])
     assert to_uint8(prob).tolist() == [0, 0, 0, 1, 255, 255]
@@ -478,23 +479,23 @@ def test_wrong_tensors():
 
 def test_titles_with_special_characters():
     scores = {"a&b_50%|c": dict.fromkeys(NAMES, 0.5) | {"n": 7}}
-    latex = table(scores, "latex").splitlines()
+    latex = table(scores, "latex").split("\n")
     assert r" F\_mean " in latex[1]
     assert latex[3].startswith(r"a\&b\_50\%|c & ")
-    assert table(scores, "markdown").splitlines()[2].startswith(r"| a&b_50%\|c |")
+    assert table(scores, "markdown").split("\n")[2].startswith(r"| a&b_50%\|c |")
 
 
 def test_tables():
     scores = dict.fromkeys(NAMES, 0.12345) | {"n": 7, "wF": None}
-    lines = table({"A_B": scores, "C": scores}, "markdown").splitlines()
+    lines = table({"A_B": scores, "C": scores}, "markdown").split("\n")
     assert lines[0].split() == ["|", "|", "n", "|", *" | ".join(NAMES).split(), "|"]
     assert set(lines[1]) == set("|-: ") and len({len(line) for line in lines}) == 1
     cells = ["A_B", "7", *["0.123"] * 8, "-", "0.123"]
     assert lines[2].strip("|").replace("|", " ").split() == cells
-    latex = table({"A_B": scores}, "latex").splitlines()
+    latex = table({"A_B": scores}, "latex").split("\n")
     assert latex[0] == r"\begin{tabular}{lrrrrrrrrrrr}" and latex[-1] == r"\end{tabular}"
     assert latex[3].startswith(r"A\_B & ") and latex[3].endswith(r" \\")
-    assert table({"C": scores}).splitlines()[1].split() == ["C", "7", *["0.123"] * 8, "-", "0.123"]
+    assert table({"C": scores}).split("\n")[1].split() == ["C", "7", *["0.123"] * 8, "-", "0.123"]
 
 
 def test_the_best_of_each_column_is_bold():
@@ -505,7 +506,7 @@ def test_the_best_of_each_column_is_bold():
     }  # shown like B
     best = {"A": ["MAE"], "B": NAMES[1:], "C": NAMES[1:]}
     for style, form in (("markdown", "**{}**"), ("latex", r"\textbf{{{}}}"), ("text", "{}")):
-        lines = table(rivals, style, mark_best=True).splitlines()
+        lines = table(rivals, style, mark_best=True).split("\n")
         for title, names in best.items():
             line = next(line for line in lines if line.strip("| ").startswith(title))
             cells = [cell for cell in line.removesuffix(r"\\").split() if "." in cell]
@@ -517,7 +518,7 @@ def test_the_best_of_each_column_is_bold():
     assert "**" not in table(rivals, "markdown")  # rows may be data sets
 
 
-# ---- Folders ---------------------------------------------------------------------------------
+# ---- Folders -------------------------------------------------------------------------------------
 KINDS = ("soft", "two", "binary")
 
 
@@ -577,12 +578,13 @@ def test_report_names_every_problem(folders, capsys):
     save(pred / "nothing.jpg", np.full((10, 15), 9, np.uint8))
     metrics, names, report = evaluate_folders(pred, gt)
     assert names == ["binary", "nothing"] and metrics.scores()["n"] == 2
-    assert "soft.png (not a picture)" in report.pop("unreadable")[0]
+    assert "soft.png is not a picture" in report.pop("unreadable")[0]
     assert report == {
         "missing": ["video/two"],
         "extra": ["other"],
         "resized": ["nothing"],
         "empty mask": ["nothing"],
+        "full mask": [],
         "constant map": ["nothing"],
     }
     assert evaluate_folders(pred, gt, empty="skip")[1] == ["binary"]
@@ -591,7 +593,9 @@ def test_report_names_every_problem(folders, capsys):
     with pytest.raises(UserError, match="2 of the pairs .* cannot be scored .*--allow-missing"):
         main([str(pred), str(gt), "--json", str(out)])
     assert not out.exists()
-    assert "1 missing: video/two" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "1 missing: video/two" in shown.out
+    assert "unreadable: " in shown.err and "soft.png is not a picture" in shown.err
     main([str(pred), str(gt), "--json", str(out), "--allow-missing", "--no-wf"])
     assert json.loads(out.read_text())["n"] == 2 and json.loads(out.read_text())["wF"] is None
 
@@ -604,11 +608,47 @@ def test_processes_and_threads_give_the_same(folders, monkeypatch):
     assert found == expected and metrics.scores() == others.scores()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_devices_links_and_closed_pipes(folders, tmp_path):
+    command = [sys.executable, "-m", "common.metrics", *map(str, folders), "--no-wf"]
+    root = Path(__file__).parents[1]
+    options = dict(capture_output=True, text=True, cwd=root)
+
+    # A device that is full is named, and stays a device.
+    run = subprocess.run([*command, "--json", "/dev/full"], **options)
+    assert run.returncode == 1 and "error: cannot write /dev/full" in run.stderr
+    assert not os.path.isfile("/dev/full")
+
+    # A link stays one; what it points to is written.
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    run = subprocess.run([*command, "--csv", str(tmp_path / "link.csv")], **options)
+    assert run.returncode == 0 and (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "real.csv").read_text().startswith("folder,image,MAE")
+
+    # A reader that has gone changes nothing but the output.
+    read, write = os.pipe()
+    os.close(read)
+    command += ["--json", str(tmp_path / "s.json")]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=root)
+    os.close(write)
+    assert run.returncode == 0 and "Traceback" not in run.stderr and "Broken" not in run.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["n"] == 3
+
+
+def test_a_full_memory_is_not_the_files_fault(folders, monkeypatch):
+    def no_memory(path):
+        raise MemoryError
+
+    monkeypatch.setattr("common.metrics.load_map", no_memory)
+    with pytest.raises(MemoryError):
+        evaluate_folders(*folders)
+
+
 def test_exit_status(folders):
     (folders[0] / "soft.png").unlink()
     command = [sys.executable, "-m", "common.metrics", *map(str, folders)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: 1 of the pairs")
+    assert run.returncode == 1 and run.stderr.split("\n")[-2].startswith("error: 1 of the pairs")
 
 
 def test_foreground_rule(folders):
@@ -620,9 +660,71 @@ def test_foreground_rule(folders):
     save(pred / "soft.png", np.array([[0, 0, 0, 255, 255]], np.uint8))
     assert evaluate_folders(pred, gt)[0].scores()["IoU"] == 1  # 128 itself is background
     assert evaluate_folders(pred, gt, gt_rule="half")[0].scores()["IoU"] == pytest.approx(2 / 3)
-    save(gt / "soft.png", ramp // 129)
-    assert evaluate_folders(pred, gt)[2]["empty mask"] == ["soft"]
-    assert evaluate_folders(pred, gt, gt_rule="half")[0].scores()["IoU"] == 1
+    save(gt / "soft.png", ramp // 129)  # 0 and 1
+    for rule in ("128", "half"):
+        assert evaluate_folders(pred, gt, gt_rule=rule)[0].scores()["IoU"] == 1
+
+
+def test_masks_are_read_as_data_sets_do(folders):
+    """Every one of these masks shows the same object, and every map is perfect."""
+    pred, gt = folders
+    inside = np.zeros((20, 30), bool)
+    inside[5:15, 8:20] = True
+    alpha = np.dstack([np.full((20, 30, 3), 90), inside * 255]).astype(np.uint8)
+    masks = {
+        "zero_one": inside.astype(np.uint8),
+        "dark": (inside * 38).astype(np.uint8),
+        "sixteen_bits": (inside * 1000).astype(np.uint16),
+        "painted": (inside[..., None] * np.array([0, 0, 200])).astype(np.uint8),
+        "alpha": alpha,
+    }
+    for stem, pixels in masks.items():
+        save(gt / f"{stem}.png", pixels)
+        save(pred / f"{stem}.png", (inside * 255).astype(np.uint8))
+        metrics, notes = score_files(
+            (pred / f"{stem}.png", gt / f"{stem}.png"), True, True, "128", "bilinear", "keep"
+        )
+        assert notes == {}, stem
+        assert_close(metrics.scores(), {"MAE": 0, "F_max": 1, "S": 1, "wF": 1, "IoU": 1})
+
+    # What cannot be decided is not guessed.
+    labels = np.repeat(np.arange(3, dtype=np.uint8), 10)[None]
+    save(gt / "labels.png", labels)
+    save(pred / "labels.png", labels)
+    metrics, notes = score_files(
+        (pred / "labels.png", gt / "labels.png"), True, True, "128", "bilinear", "keep"
+    )
+    assert metrics is None and "labels.png" in notes["unreadable"]
+
+
+def test_a_cut_out_is_scored_by_its_alpha(folders):
+    pred, gt = folders
+    grey, _ = pair("soft")
+    noise = np.random.default_rng(0).integers(0, 256, (*grey.shape, 3))
+    save(pred / "soft.png", np.dstack([noise, grey]).astype(np.uint8))
+    metrics, names, _ = evaluate_folders(pred, gt)
+    at = names.index("soft")
+    found = {name: values[at].item() for name, values in metrics.per_image().items()}
+    assert_close(found, dict(zip(NAMES, REFERENCE["soft"])))
+
+
+def test_empty_and_full_masks_are_counted_aloud(folders, capsys):
+    pred, gt = folders
+    save(gt / "soft.png", np.zeros((48, 40), np.uint8))
+    save(gt / "binary.png", np.full((48, 40), 255, np.uint8))
+    main([str(pred), str(gt)])
+    shown = capsys.readouterr().err
+    assert "1 empty mask: soft" in shown and "1 full mask: binary" in shown
+
+
+def test_what_is_left_out_is_counted_aloud(folders, capsys):
+    pred, gt = folders
+    (pred / "soft.heic").write_bytes(b"")
+    (pred / "run").mkdir()
+    (pred / "run" / "args.json").write_text("{}")
+    save(pred / "run" / "soft.png", np.zeros((48, 40), np.uint8))
+    assert sorted(find_images(pred)) == ["binary", "soft", "video/two"]
+    assert "3 pictures; 2 left out" in capsys.readouterr().err
 
 
 def test_resizing_and_stretching_options_count(folders):
@@ -694,7 +796,7 @@ def test_too_large_for_weighted_f(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
             save(tmp_path / folder / f"{stem}.png", np.eye(height, 3, dtype=np.uint8) * 255)
     metrics, names, report = evaluate_folders(tmp_path / "pred", tmp_path / "gt")
-    assert names == ["b"] and "gt/a.png (16000 pixels" in report["unreadable"][0]
+    assert names == ["b"] and "gt/a.png has 16000 pixels" in report["unreadable"][0]
     assert evaluate_folders(tmp_path / "pred", tmp_path / "gt", wf=False)[1] == ["a", "b"]
 
 
@@ -722,6 +824,6 @@ def test_all_image_modes_are_read(tmp_path):
             else Image.fromarray(grey.astype(np.uint16) * 257)
         )
         image.save(tmp_path / "x.png")
-        assert np.array_equal(np.asarray(load_grey(tmp_path / "x.png")), grey), mode
+        assert np.array_equal(np.asarray(load_map(tmp_path / "x.png")), grey), mode
     Image.fromarray(np.array([[1000, 30000]], np.uint16)).save(tmp_path / "x.png")
-    assert np.asarray(load_grey(tmp_path / "x.png")).tolist() == [[4, 117]]
+    assert np.asarray(load_map(tmp_path / "x.png")).tolist() == [[4, 117]]
