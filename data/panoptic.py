@@ -222,7 +222,7 @@ def read_annotations(path: Path, there: set[str]) -> tuple[Categories, list[Row]
         raise UserError(f"{path} is not readable JSON ({error}); fetch it again") from None
 
     try:
-        categories = {c["id"]: (text(c["name"]), bool(c["isthing"])) for c in content["categories"]}
+        categories = {c["id"]: (text(c["name"]), flag(c["isthing"])) for c in content["categories"]}
         images = {image["id"]: image for image in content["images"]}
         annotations = [(images[a["image_id"]], a) for a in content["annotations"]]
         stems = {Path(file_name(image, path)).stem for image, _ in annotations}
@@ -271,7 +271,7 @@ def read_segment(info: dict, categories: Categories) -> Segment:
     if not isinstance(box, list) or len(box) != 4 or not all(is_size(edge) for edge in box):
         raise ValueError(f"bbox {box!r} is not four numbers of at least 0")
     name, thing = categories[info["category_id"]]
-    return Segment(number, name, thing, bool(info["iscrowd"]), info["area"], tuple(box))
+    return Segment(number, name, thing, flag(info["iscrowd"]), info["area"], tuple(box))
 
 
 def is_size(value) -> bool:
@@ -282,6 +282,13 @@ def is_size(value) -> bool:
 def reason(error: Exception) -> str:
     """What is wrong with an entry of the JSON."""
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def flag(value) -> bool:
+    """A value 0 or 1 of a JSON; else a `ValueError`."""
+    if value not in (0, 1):
+        raise ValueError(f"{value!r} is neither 0 nor 1")
+    return bool(value)
 
 
 def text(value) -> str:

@@ -128,8 +128,10 @@ class Choices:
             found = json.loads(path.read_bytes())
             if found["by"] not in ("hand", "vote"):
                 raise ValueError("'by' is neither hand nor vote")
+            if type(found["skipped"]) is not bool:
+                raise ValueError("'skipped' is neither true nor false")
             chosen = self.known(self.index[name], found["chosen"])
-            skipped = bool(found["skipped"]) and not chosen
+            skipped = found["skipped"] and not chosen
             return {"chosen": chosen, "skipped": skipped, "by": found["by"]}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(

@@ -204,6 +204,7 @@ def test_a_broken_json_is_refused(tmp_path, content, said):
         ("images", {"width": "4"}, "the size of 000000000009.jpg is 4 x 3"),
         ("images", {"file_name": 9}, "9 is not a name"),
         ("categories", {"name": None}, "None is not a name"),
+        ("categories", {"isthing": "1"}, "'1' is neither 0 nor 1"),
     ],
 )
 def test_a_malformed_entry_is_named(tmp_path, part, change, said):
@@ -230,6 +231,7 @@ def test_a_malformed_entry_is_named(tmp_path, part, change, said):
         ({"id": 2**24}, "id 16777216 is not a whole number from 1 to 16777215"),
         ({"id": 5.0}, "id 5.0 is not a whole number"),
         ({"id": 5}, "two segments have one id"),
+        ({"iscrowd": 2}, "2 is neither 0 nor 1"),
         ({"category_id": 99}, "category_id 99 is none of the file's categories"),
     ],
 )

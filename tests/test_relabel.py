@@ -469,6 +469,7 @@ def test_malformed_choices_are_named(root):
         "[" * 100_000,
         json.dumps(good | {"chosen": None}),
         json.dumps(good | {"by": "nobody"}),
+        json.dumps(good | {"skipped": 1}),
     ):
         path.write_text(text)
         assert f"{scenes.names[0]}.json is not a choice" in error(Choices, scenes)
