@@ -1,17 +1,23 @@
 """unified_usod.py by hand: losses, schedules, signs, refiner, labels, transfer."""
 
 import math
-from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import last, write_photo
+from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import unified_usod as usod
+from common import flags
 from common.backbones import backbone
-from common.bank import Bank, MapBank
-from common.runtime import UserError, World, generator, load_state
+from common.bank import Bank
+from common.datasets import open_set
+from common.flags import Schedule, Settings
+from common.published import unified_state
+from common.runtime import UserError, generator, load_state, save_png
 from data.shapes import Shapes
 
 CPU = torch.device("cpu")
@@ -23,12 +29,15 @@ def column(*values: float) -> torch.Tensor:
     return torch.tensor(values).view(1, 1, 1, -1)
 
 
-def flags(*given: str) -> Namespace:
-    """Filled in for shapes of 64 pixels, on one CPU process."""
-    args = usod.build_parser().parse_args(["--size", "64", *given])
-    usod.fill_defaults(args)
-    args.device, args.world = CPU, World()
-    return args
+def complete(text: str = ""):
+    """The completed flags of a command line."""
+    return usod.complete(usod.build_parser().parse_args(text.split()))
+
+
+def settings_of(data: str, out) -> Settings:
+    """What a run on `data` in batches of four 64 x 64 pictures, on one CPU process, is given."""
+    args = complete(f"--size 64 --batch-size 4 --backbone tiny --device cpu --data {data}")
+    return flags.settle(flags.replaced(args, out=out), usod.METHOD)
 
 
 # ---- Stage 1 -------------------------------------------------------------------------------------
@@ -36,14 +45,14 @@ def test_distilling_loss_by_hand():
     theta = column(LOGIT_08, -LOGIT_08, 0.0, 100.0)  # |S - .5| = .3 .3 0 .5
     loss = usod.distilling_loss
     assert loss(theta).item() == pytest.approx(0.5 - (0.3 + 0.3 + 0 + 0.5) / 4)
-    assert loss(theta, power=2).item() == pytest.approx(0.25 - (0.09 * 2 + 0.25) / 4)
+    assert loss(theta, k=2).item() == pytest.approx(0.25 - (0.09 * 2 + 0.25) / 4)
     # M S = 0 for the hard pixel, so that |M S - 0.5| = 0.5: the paper's form of the mask
-    assert loss(theta, hard=0.1).item() == pytest.approx(0.5 - (0.3 + 0.3 + 0.5 + 0.5) / 4)
+    assert loss(theta, p=0.1).item() == pytest.approx(0.5 - (0.3 + 0.3 + 0.5 + 0.5) / 4)
 
 
 def test_hard_pixels_have_no_gradient_and_easy_ones_are_pushed_apart():
     theta = column(0.1, -2.0, 3.0).requires_grad_()
-    usod.distilling_loss(theta, hard=0.2).backward()
+    usod.distilling_loss(theta, p=0.2).backward()
     grad = theta.grad.flatten()
     assert grad[0] == 0 and grad[1] > 0 and grad[2] < 0
     theta.grad = None
@@ -52,26 +61,29 @@ def test_hard_pixels_have_no_gradient_and_easy_ones_are_pushed_apart():
 
 
 def test_curriculum_of_the_paper_and_of_the_released_code():
-    args = flags("--epochs", "20")
-    assert [usod.curriculum(t, args)[0] for t in (0, 2.5, 5)] == pytest.approx([0.2, 0.125, 0.05])
-    assert usod.curriculum(20 / 3 + 0.01, args) == (0, 1)
-    assert usod.curriculum(0, flags("--pcl", "off"))[0] == 0
-    args = flags("--epochs", "20", "--released")
+    def curriculum(time, pcl=True, annealed=False, released=False):
+        return usod.curriculum(time, 20, pcl, annealed, released)
+
+    assert [curriculum(t)[0] for t in (0, 2.5, 5)] == pytest.approx([0.2, 0.125, 0.05])
+    assert curriculum(20 / 3 + 0.01) == (0, 1)
+    assert curriculum(0, pcl=False)[0] == 0
     times = [0, 0.9, 1, 4, 5.99, 6]  # epochs 1 1 2 5 6 7
-    hard = [usod.curriculum(t, args)[0] for t in times]
-    assert hard == pytest.approx([0.17, 0.17, 0.14, 0.05, 0.02, 0])
-    power = [usod.curriculum(t, args)[1] for t in (0, 0.9, 10, 19.9)]
-    assert power == pytest.approx([2, 2, 2**0.5, 2**0.05])
-    assert usod.curriculum(10, flags("--epochs", "20", "--power", "annealed")) == (
-        0,
-        pytest.approx(2**0.5),
-    )
+    p = [curriculum(t, released=True)[0] for t in times]
+    assert p == pytest.approx([0.17, 0.17, 0.14, 0.05, 0.02, 0])
+    k = [curriculum(t, annealed=True, released=True)[1] for t in (0, 0.9, 10, 19.9)]
+    assert k == pytest.approx([2, 2, 2**0.5, 2**0.05])
+    assert curriculum(10, annealed=True) == (0, pytest.approx(2**0.5))
 
 
-def test_released_transfer_has_no_curriculum():
-    assert flags("--transfer", "video").pcl == "on"
-    assert flags("--transfer", "video", "--released").pcl == "off"
-    assert flags("--released").pcl == "on"
+def test_flags_that_the_released_code_decides():
+    found = {}
+    for given in ("", "--released", "--transfer video", "--transfer video --released"):
+        args = complete(given)
+        found[given] = (args.pcl, args.power, args.bn, args.spr)
+    assert found[""] == ("on", "linear", "stored", [0.2, 0.6, 0.2])
+    assert found["--released"] == ("on", "annealed", "batch", [0.1, 0.7, 0.2])
+    assert found["--transfer video"] == found[""]  # D3
+    assert found["--transfer video --released"] == ("off", "annealed", "batch", [0.1, 0.7, 0.2])
 
 
 def brute_btm(s, guide):
@@ -97,10 +109,9 @@ def test_btm_loss_against_its_definition():
     seeded = torch.Generator().manual_seed(0)
     theta = F.interpolate(torch.randn(1, 1, 2, 3, generator=seeded), (32, 48), mode="bilinear")
     guide = 0.1 * torch.rand(1, 4, 32, 48, generator=seeded)
-    small = [
-        F.interpolate(x, (8, 12), mode="bilinear", align_corners=True)[0]
-        for x in (torch.sigmoid(theta), guide)
-    ]
+    small = []
+    for x in (torch.sigmoid(theta), guide):
+        small.append(F.interpolate(x, (8, 12), mode="bilinear", align_corners=True)[0])
     want = brute_btm(small[0][0], small[1])
     assert usod.btm_loss(theta, guide).item() == pytest.approx(want, rel=1e-5) and want > 0
 
@@ -199,17 +210,30 @@ def test_detector_loss_weighs_heads_and_scales():
         assert got.item() == pytest.approx(want, rel=1e-5)
 
 
-def test_consistency_teaches_the_second_scale_alone():
+@pytest.mark.parametrize(
+    "released, steady", [(False, [0, 0.8, 2, 3.2, 4]), (True, [0, 1, 2, 3, 4])]
+)
+def test_the_second_scale_is_compared_with_a_map_whose_corners_are_aligned_or_not(released, steady):
+    """Three columns 0 2 4 become five. Among the old columns the centres of the new ones lie at
+    -0.2 0.4 1 1.6 2.2, cut to 0 ... 2, or, if the outer centres are aligned, at 0 0.5 1 1.5 2."""
+    first = torch.tensor([0.0, 2, 4]).expand(1, 1, 3, 3)
+    second = torch.zeros(1, 1, 5, 5)
+    zeros = [[torch.zeros_like(y)] * 3 for y in (first, second)]
+    logits = [[first, *zeros[0]], [second, *zeros[1]]]
+    g = torch.ones(1, 1, 3, 3)
+    labels = usod.iou_loss(first, g) + 0.5 * usod.iou_loss(second, torch.ones(1, 1, 5, 5))
+    ms = usod.detector_loss(logits, g, "iou", [0, 0, 0], released) - labels
+    want = (torch.sigmoid(torch.tensor(steady).float()) - 0.5).square().mean()
+    assert ms.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_no_gradient_flows_from_the_second_scale_into_the_first():
     y = [torch.zeros(1, 1, 4, 4, requires_grad=True) for _ in range(2)]
     zero = torch.zeros(1, 1, 4, 4)
-    with_second = usod.detector_loss(
-        [[y[0]] + [zero] * 3, [y[1]] + [zero] * 3], zero, "iou", [0, 0, 0]
-    )
-    grads = torch.autograd.grad(with_second, y[0])[0]
-    alone = torch.autograd.grad(
-        usod.detector_loss([[y[0]] + [zero] * 3], zero, "iou", [0, 0, 0]), y[0]
-    )[0]
-    assert torch.equal(grads, alone)
+    scales = [[one, zero, zero, zero] for one in y]
+    both = usod.detector_loss(scales, zero, "iou", [0, 0, 0])
+    alone = usod.detector_loss(scales[:1], zero, "iou", [0, 0, 0])
+    assert torch.equal(*(torch.autograd.grad(loss, y[0])[0] for loss in (both, alone)))
 
 
 def test_detector_sees_both_streams_and_any_size():
@@ -227,36 +251,32 @@ def test_detector_sees_both_streams_and_any_size():
     assert all(torch.equal(a, b[0]) for a, b in zip((y,), net(pair, pair[..., :64, :])))
 
 
-@pytest.mark.parametrize("released, pixels", [(False, "imagenet"), (True, "unit")])
-def test_the_modality_s_encoder_is_as_awake_as_the_photo_s(released, pixels):
+@pytest.mark.parametrize(
+    "given, pixels", [("", "imagenet"), ("--bn batch", "imagenet"), ("--released", "unit")]
+)
+def test_the_modality_s_encoder_is_as_awake_as_the_photo_s(given, pixels):
     """Stored BatchNorm statistics fit ImageNet's units alone (D7): on pixels in [0, 1] the deepest
     map would vary by a few per cent of what it should."""
-    args = usod.build_parser().parse_args(["--released"] * released)
-    usod.fill_defaults(args)
-    args.device = torch.device("cpu")
-    net = usod.make_net(2, args, None).train()
+    net = usod.make_net(2, complete(given), None).train()
     data = Shapes("test", modality="depth", seed=1)
     samples = [data[i] for i in range(8)]
-    photo, depth = (
-        torch.stack([TF.resize(s[part], [128, 128]) for s in samples]).float() / 255
-        for part in ("image", "modality")
-    )
-    with torch.no_grad():
-        deep = [
-            encoder(x)[4].std((0, 2, 3)).mean() for encoder, x in zip(net.encoders, (photo, depth))
-        ]
+    deep = []
+    for encoder, part in zip(net.encoders, ("image", "modality")):
+        x = torch.stack([TF.resize(sample[part], [128, 128]) for sample in samples]).float() / 255
+        with torch.no_grad():
+            deep.append(encoder(x)[4].std((0, 2, 3)).mean())
     assert 0.3 < deep[1] / deep[0] < 3
     mean = net.encoders[1].mean.flatten().tolist()
     assert mean == pytest.approx([0, 0, 0] if pixels == "unit" else [0.485, 0.456, 0.406])
 
 
-def test_learning_rates():
-    def rates(stage, *given):
-        args = flags("--epochs", "10", "--lr", "1", *given)
-        return [usod.rate(stage, time, args) for time in (0, 5, 10)]
-
-    assert rates(1) == pytest.approx([1, 0.6, 0.2]) and rates(2) == [1, 1, 1]
-    assert rates(2, "--released") == pytest.approx([1, 0.6, 0.2])  # D4
+def test_learning_rate_of_stage_1_falls_to_a_fifth():
+    rates = [usod.falling_rate(time, Schedule(10, 2.0)) for time in (0, 5, 10)]
+    assert rates == pytest.approx([2, 1.2, 0.4])
+    groups = [{"params": [torch.zeros(1)], "share": share} for share in (1.0, 0.1)]
+    optimiser = torch.optim.SGD(groups, lr=0.5)
+    usod.set_rate(optimiser, 2.0)
+    assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([2, 0.2])
 
 
 # ---- SPR -----------------------------------------------------------------------------------------
@@ -270,24 +290,16 @@ def test_refiner_s_weights_sum_to_1_01_and_the_prior_s_to_one():
 def test_refiner_against_its_definition():
     """One iteration at one pixel: 32 neighbours, squared differences over their deviation."""
     seeded = torch.Generator().manual_seed(2)
-    image, s = (
-        torch.rand(1, 3, 40, 40, generator=seeded),
-        torch.rand(1, 1, 40, 40, generator=seeded),
-    )
+    image = torch.rand(1, 3, 40, 40, generator=seeded)
+    s = torch.rand(1, 1, 40, 40, generator=seeded)
     y, x = 20, 17
-    places = [
-        (d * i, d * j)
-        for d in (1, 2, 4, 8)
-        for i in (-1, 0, 1)
-        for j in (-1, 0, 1)
-        if (i, j) != (0, 0)
-    ]
+    ring = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+    places = [(d * i, d * j) for d in (1, 2, 4, 8) for i, j in ring]
     near = torch.stack([image[0, :, y + i, x + j] for i, j in places], 1)  # [3, 32]
     colour = ((near - image[0, :, y, x, None]) / near.std(1, keepdim=True) / 0.3).square().mean(0)
     reach = torch.tensor([math.hypot(*place) for place in places])
-    weight = torch.softmax(-colour, 0) + 0.01 * torch.softmax(
-        -((reach / reach.std() / 0.3) ** 2), 0
-    )
+    place = torch.softmax(-((reach / reach.std() / 0.3) ** 2), 0)
+    weight = torch.softmax(-colour, 0) + 0.01 * place
     want = sum(w * s[0, 0, y + i, x + j] for w, (i, j) in zip(weight, places))
     got = usod.pixel_refiner(image, s, iterations=1)[0, 0, y, x]
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
@@ -319,62 +331,75 @@ def test_rectified_label_by_hand():
     assert torch.allclose(got, want / want.max()) and got.max() == 1
 
 
-class Scenes:
-    """Random photos, every second one with a modality."""
-
-    title, names = "scenes", [f"{i}" for i in range(8)]
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        pixels = torch.randint(
-            256, (6, 64, 64), generator=torch.Generator().manual_seed(i), dtype=torch.uint8
-        )
-        return {"image": pixels[:3], "modality": pixels[3:] if i % 2 else None}
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory):
+    """A joint set: four photos of noise without a modality, four others with depth."""
+    folder = tmp_path_factory.mktemp("joint")
+    for i in range(4):
+        write_photo(folder / "bare" / f"{i}.png", 64, 64, seed=i)
+        write_photo(folder / "deep" / "images" / f"{i}.png", 64, 64, seed=10 + i)
+        write_photo(folder / "deep" / "depth" / f"{i}.png", 64, 64, seed=20 + i)
+    return f"{folder}/bare+{folder}/deep"
 
 
-@pytest.fixture
-def bank():
-    return Bank(Scenes(), 64, CPU, parts=("image", "modality"))
-
-
-def test_pairs_hold_the_modality_or_the_photo_again(bank):
-    index, flip = torch.tensor([2, 3]), torch.tensor([False, True])
+def test_pairs_hold_the_modality_or_the_photo_again(joint):
+    photos = open_set(joint, masks=False)
+    bank = Bank(photos, 64, CPU, parts=("image", "modality"))
+    index = torch.tensor([2, 5])
+    flip = torch.tensor([False, True])
     pair, has = usod.read_pair(bank, index, flip)
     assert has.tolist() == [False, True] and torch.equal(pair[0, :3], pair[0, 3:])
-    photo = Scenes()[3]
+    photo = photos[5]
     assert torch.equal(pair[1, :3] * 255, photo["image"].flip(2).float())
     assert torch.equal(pair[1, 3:] * 255, photo["modality"].flip(2).float())
 
 
-def test_label_bank_after_an_epoch_equals_the_formula_flips_included(bank):
-    """G = l1 PAR(I, S) + l2 S + l3 G for every photo, whichever way round it was seen."""
-    args = flags("--batch-size", "4", "--multi-scale", "off")
+class RedChannel(torch.nn.Module):
+    """A detector whose map is the photo's red channel; its one weight has no gradient."""
 
-    class Fixed(torch.nn.Module):
-        """A detector whose map is the photo's red channel."""
+    def __init__(self):
+        super().__init__()
+        self.encoders = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+        self.bias = torch.nn.Parameter(torch.zeros(()))
 
-        def __init__(self):
-            super().__init__()
-            self.bias = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, pair):
+        y = torch.logit(0.05 + 0.9 * pair[:, :1]) + 0 * self.bias
+        return [[y, y, y, y]]
 
-        def forward(self, pair):
-            y = torch.logit(0.05 + 0.9 * pair[:, :1]) + 0 * self.bias
-            return [[y, y, y, y]]
 
-    start = torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(4))
-    labels = MapBank(lambda i: (start[i] * 255).byte(), 8, 64, CPU)
-    before = labels.pixels.clone()
-    net = Fixed()
-    optimiser = torch.optim.SGD([{"params": [net.bias], "scale": 1.0}], lr=0.0)
-    usod.train_epoch(2, net, optimiser, bank, labels, 1, args)
-    assert torch.equal(labels.pixels, before)  # SPR begins in epoch 2
-    usod.train_epoch(2, net, optimiser, bank, labels, 2, args)
-    photos = bank.images(torch.arange(8))  # none is flipped here
-    s = 0.05 + 0.9 * photos[:, :1]
-    want = 0.2 * usod.pixel_refiner(photos, s) / 1.01**6 + 0.6 * s + 0.2 * before / 255
-    assert (labels.pixels / 255 - want).abs().max() < 0.51 / 255 + 1e-5
+def test_labels_after_an_epoch_equal_the_formula_flips_included(joint, tmp_path):
+    """G = l1 PAR(I, S) + l2 S + l3 G for every photo, whichever way round it was seen, from the
+    second epoch on."""
+    photos = open_set(joint, masks=False)
+    start = (torch.rand(8, 64, 64, generator=torch.Generator().manual_seed(4)) > 0.5).byte() * 255
+    for name, label in zip(photos.names, start):
+        save_png(tmp_path / "pseudo" / f"{name}.png", label)
+
+    def train(epochs):
+        """The run folder after so many epochs."""
+        settings = settings_of(joint, tmp_path / f"{epochs}")
+        schedule = Schedule(epochs, 1e-3)
+        spr = [0.2, 0.6, 0.2]
+        usod.train_detector(
+            RedChannel(),
+            settings,
+            schedule,
+            tmp_path / "pseudo",
+            "iou",
+            [0, 0, 0],
+            False,
+            spr,
+            False,
+        )
+        return settings.out
+
+    files = [train(1) / "rectified" / f"{name}.png" for name in photos.names]
+    assert all(np.array_equal(Image.open(f), label) for f, label in zip(files, start))
+    found = last(train(2), 2)["labels"] / 255  # [8, 1, 64, 64]
+    image = torch.stack([photos[i]["image"] for i in range(8)]) / 255  # none is flipped here
+    s = 0.05 + 0.9 * image[:, :1]
+    want = 0.2 * usod.pixel_refiner(image, s) / 1.01**6 + 0.6 * s + 0.2 * start[:, None] / 255
+    assert (found - want).abs().max() < 0.51 / 255 + 1e-5
     flips = torch.rand(8, generator=generator("cpu", 0, "flip", 2)) < 0.5
     assert flips.any() and not flips.all()  # both ways were seen
 
@@ -394,10 +419,10 @@ def test_an_adapter_adds_to_the_deepest_level_alone():
 
 def test_released_keys_are_all_accounted_for():
     net = usod.CueExtractor(backbone("tiny", "none"))
-    state = net.state_dict() | usod.from_released({"decoder.new.weight": torch.zeros(1)})
+    state = net.state_dict() | unified_state({"decoder.new.weight": torch.zeros(1)})
     with pytest.raises(UserError, match="1 unexpected .new.weight"):
         load_state(net, state, "file")
-    kept = usod.from_released(
+    kept = unified_state(
         {
             "encoder.fc.weight": torch.zeros(1),
             "t_net.fc.bias": torch.zeros(1),
