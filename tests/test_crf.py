@@ -456,47 +456,33 @@ def folders(tmp_path):
     return tmp_path
 
 
+def run(*arguments, **options):
+    """`python -m common.crf`, on the CPU."""
+    command = [sys.executable, "-m", "common.crf", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
 def test_program_refines_one_pair_as_the_function_does(folders):
-    command = [
-        sys.executable,
-        "-m",
-        "common.crf",
-        folders / "photos/0.png",
-        folders / "maps/0.png",
-        "-o",
-        folders / "out/x.png",
-        "--sxy",
-        "10",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    out = folders / "out/x.png"
+    done = run(folders / "photos/0.png", folders / "maps/0.png", "-o", out, "--sxy", 10)
     assert done.returncode == 0 and "arning" not in done.stderr, done.stderr
     image = torch.from_numpy(np.array(Image.open(folders / "photos/0.png"))).permute(2, 0, 1)[None]
     prob = torch.from_numpy(np.array(Image.open(folders / "maps/0.png")))[None, None] / 255
     wanted = (dense_crf(image, prob, 10.0)[0, 0] * 255).round()
-    got = np.array(Image.open(folders / "out/x.png"))
+    got = np.array(Image.open(out))
     assert got.dtype == np.uint8 and difference(got, wanted) < 0.01
 
 
-def test_program_makes_labels_of_folders(folders):
-    small = Image.open(folders / "maps/1.png").resize((10, 8))
-    small.save(folders / "maps/1.png")  # maps may be smaller than the photo
-    crf.main(
-        [
-            str(folders / "photos"),
-            str(folders / "maps"),
-            "-o",
-            str(folders / "out"),
-            "--hard",
-            "--median",
-            "7",
-            "--sxy",
-            "10",
-            "--device",
-            "cpu",
-        ]
-    )
+def refine(folders, flags, out="out"):
+    """The program on photos/ and maps/, in this process."""
+    crf.main(f"photos maps -o {out} --sxy 10 --device cpu {flags}".split())
+
+
+def test_program_makes_labels_of_folders(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    small = Image.open("maps/1.png").resize((10, 8))
+    small.save("maps/1.png")  # maps may be smaller than the photo
+    refine(folders, "--hard --median 7")
     assert sorted(p.name for p in (folders / "out").iterdir()) == ["0.png", "1.png"]
     for k in range(2):
         got = Image.open(folders / f"out/{k}.png")
@@ -504,6 +490,87 @@ def test_program_makes_labels_of_folders(folders):
         assert set(np.unique(got)) == {0, 255}
         got = torch.from_numpy(np.array(got))[None, None]
         assert difference(median_filter(got, 3), got) < 255 * 0.01
+
+
+def test_a_broken_file_does_not_end_a_folder(folders, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    refine(folders, "", "whole")
+    Image.open("photos/0.png").save("photos/2.png")
+    Image.open("maps/0.png").save("maps/2.png")
+    Path("photos/0.png").write_bytes(Path("photos/0.png").read_bytes()[:200])
+    Path("maps/2.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="^2 of 3 maps are not refined.*others are in out"):
+        refine(folders, "")
+    reasons = capsys.readouterr().err.split("\n")[-3:-1]
+    assert "photos/0.png" in reasons[0] and "maps/2.png" in reasons[1]
+    assert [path.name for path in Path("out").iterdir()] == ["1.png"]
+    assert Path("out/1.png").read_bytes() == Path("whole/1.png").read_bytes()
+
+    done = run(folders / "photos", folders / "maps", "-o", folders / "out", "--sxy", 10)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.rstrip().split("\n")[-1].startswith("error: 2 of 3 maps")
+
+
+def test_a_photo_too_large_for_the_memory_is_named_and_the_others_are_refined(
+    folders, monkeypatch, capsys
+):
+    def needs_memory(image, *settings):
+        if image.shape[2] == 40:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")
+        return dense_crf(image, *settings)
+
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(crf, "dense_crf", needs_memory)
+    with pytest.raises(UserError, match="1 of 2 maps"):
+        refine(folders, "")
+    assert "photos/0.png of 50 x 40 pixels needs more memory" in capsys.readouterr().err
+    assert [path.name for path in Path("out").iterdir()] == ["1.png"]
+
+    # Another error is a fault of the program and is not hidden.
+    def broken(*arguments):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(crf, "dense_crf", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        refine(folders, "")
+
+
+def test_inputs_are_never_overwritten(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    Path("link").symlink_to("maps")
+    for out in ("maps", "photos", "link"):
+        with pytest.raises(UserError, match=f"-o {out} would overwrite {out}/0.png"):
+            refine(folders, "", out)
+    with pytest.raises(UserError, match="would overwrite maps/0.png"):
+        crf.main("photos/0.png maps/0.png -o maps/0.png".split())
+
+
+def test_a_cut_out_is_refined_by_its_alpha_and_photos_without_a_map_are_counted(
+    folders, monkeypatch, capsys
+):
+    monkeypatch.chdir(folders)
+    refine(folders, "", "grey")
+    grey = Image.open("maps/0.png")
+    cut_out = Image.new("RGBA", grey.size, (9, 99, 200, 0))
+    cut_out.putalpha(grey)
+    cut_out.save("maps/0.png")
+    Path("maps/1.png").unlink()
+    capsys.readouterr()
+    refine(folders, "", "alpha")
+    assert Path("alpha/0.png").read_bytes() == Path("grey/0.png").read_bytes()
+    assert "photos: 1 photos have no map in maps" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_links_and_full_devices(folders):
+    files = folders / "photos/0.png", folders / "maps/0.png"
+    (folders / "link.png").symlink_to("real.png")
+    (folders / "full.png").symlink_to("/dev/full")
+    assert run(*files, "-o", folders / "link.png", "--sxy", 10).returncode == 0
+    assert (folders / "link.png").is_symlink() and (folders / "real.png").stat().st_size > 100
+    done = run(*files, "-o", folders / "full.png", "--sxy", 10)
+    assert done.returncode == 1 and "error: cannot write" in done.stderr
+    assert (folders / "full.png").is_symlink() and not Path("/dev/full").is_file()
 
 
 def test_sxy_grows_with_large_photos():
@@ -522,7 +589,7 @@ def test_sxy_grows_with_large_photos():
         (["photos/0.png", "maps/broken.png", "-o", "x.png"], "broken.png"),
         (["photos/0.png", "maps/0.png", "-o", "x.png", "--median", "4"], "odd"),
         (["photos/0.png", "maps/0.png", "-o", "x.png", "--srgb", "0"], "--srgb"),
-        (["photos/0.png", "maps/0.png", "-o", "x.png", "--stride", "0"], "--stride"),
+        (["photos/0.png", "maps/0.png", "-o", "x.png", "--sxy", "nan"], "--sxy"),
     ],
 )
 def test_program_names_the_problem(folders, monkeypatch, arguments, message):
