@@ -6,6 +6,7 @@ import torch
 
 import unified_usod as usod
 from common.backbones import backbone
+from common.published import unified_state
 from common.runtime import load_state
 
 
@@ -18,16 +19,17 @@ def filled(name: str, net: torch.nn.Module, adapter: bool = False) -> torch.nn.M
     keys += [k for k in description["keys"] if adapter or not k[0].startswith("adapter.")]
     he = tuple(description.get("he", ()))
     state = {key: recipe.weights(key, shape, he) for key, shape in keys}
-    load_state(net, usod.from_released(state), name)  # strict: every key is accounted for
+    load_state(net, unified_state(state), name)  # strict: every key is accounted for
     return net.eval()
 
 
 @pytest.mark.parametrize("adapter", [False, True])
 @torch.no_grad()
 def test_cue_extractor_equals_the_released_network(adapter):
-    net = usod.CueExtractor(backbone("resnet50", "none"), adapter=adapter)
-    net, photos = filled("a2s_v3_sce", net, adapter), recipe.photos("rgb", 96, 128)
-    name = "a2s_v3_sce" + "_adapter" * adapter
+    net = usod.CueExtractor(backbone("resnet50", "none"), adapter=adapter, released=True)
+    net = filled("a2s_v3_sce", net, adapter)
+    photos = recipe.photos("rgb", 96, 128)
+    name = "a2s_v3_sce_adapter" if adapter else "a2s_v3_sce"
     assert recipe.error(name, "theta_presign", net.activation(photos)) < 2e-5
     assert recipe.error(name, "final", net(photos)[0]) < 2e-5
 
@@ -62,12 +64,11 @@ def test_parameter_counts_equal_the_released_ones():
 @pytest.mark.parametrize("epoch", [1, 6, 7, 20])
 def test_distilling_loss_and_gradient_equal_the_released_ones(epoch):
     description = recipe.reference("loss_a2s_v3")[0]
-    args = usod.build_parser().parse_args(["--released"])
-    args.epochs, args.power, args.pcl = (20, 10), "annealed", "on"
-    hard, power = usod.curriculum(epoch - 0.5, args)  # the middle of the epoch
-    for name, least in (("csd", 0.0), ("pcl", hard)):
+    # The middle of the epoch.
+    hard, k = usod.curriculum(epoch - 0.5, 20, pcl=True, annealed=True, released=True)
+    for name, p in (("csd", 0.0), ("pcl", hard)):
         theta = recipe.logits("csd", (2, 1, 48, 64)).requires_grad_()
-        loss = usod.distilling_loss(theta, least, power)
+        loss = usod.distilling_loss(theta, p, k)
         loss.backward()
         assert loss.item() == pytest.approx(description["scalars"][f"{name}_e{epoch}"], rel=1e-5)
         assert recipe.error("loss_a2s_v3", f"grad_{name}_e{epoch}", theta.grad) < 1e-4
@@ -106,9 +107,8 @@ def test_gradient_of_the_detector_s_loss_equals_the_released_one():
     g = (recipe.disk((2, 1, 96, 128)) > 0.5).float()
     y = recipe.logits("midd0", (2, 1, 24, 32)).requires_grad_()
     big = usod.resize(y, g, corners=False)
-    usod.detector_loss(
-        [[big, big.detach(), big.detach(), big.detach()]], g, "iou", [0.2, 0, 0]
-    ).backward()
+    fixed = big.detach()
+    usod.detector_loss([[big, fixed, fixed, fixed]], g, "iou", [0.2, 0, 0]).backward()
     assert recipe.error("loss_a2s_v3", "grad_midd_iou", y.grad) < 1e-4
 
 
