@@ -30,7 +30,7 @@ Usage
 Stages, in order: sod trains the saliency branch (PVT-SOD), caption the captioner, control
 fine-tunes PVT-SOD for as many epochs as guide, which fine-tunes it with guidance and has to be
 compared with control. Of the --eval sets those with captions judge stage caption, those with masks
-the others.
+the others; masks also tell how much the captioner's maps know (data/ladder.py).
 
 Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 / .030, SDG-SOD
 .905 / .878 / .943 / .027; pre-trained on COCO .903 / .873 / .938 / .028 and .911 / .889 / .946 /
@@ -102,6 +102,7 @@ from common.run import Run, claim
 from common.runtime import UserError, autocast, generator, progress, save_png, say
 from data import captions
 from data.captions import END, LENGTH, PAD, START, tokenise
+from data.ladder import Ladder, centre_map, mask_map, mean_mask, others, spread
 
 METHOD = "sdg_sod"
 STAGES = ("sod", "caption", "control", "guide")
@@ -141,6 +142,8 @@ TABLE_1 = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S"]
 PAPER_SETS = [*TABLE_1, "COCO-captions-val"]  # the last one for the captioner
 GRID = 224  # the captioner's input, whose deepest map has 7 x 7 cells
 RIVALS = ("psp", "aspp", "apc", "ann")  # decoders of Table 4
+MAPS = ("own", "other", "mean", "centre", "mask")
+TEST_MAPS = ("own", "other", "mean", "mask")
 
 
 class MiTSize(NamedTuple):
@@ -233,9 +236,16 @@ def add_guidance_flags(group: argparse._ArgumentGroup) -> None:
     add("--xi-init", choices=("zero", "normal"), default="zero", help="see D9 [zero]")
     add(
         "--maps",
-        choices=("own", "other"),
+        choices=MAPS,
         default="own",
-        help="other: train with another photo's map, to see if it matters [own]",
+        help="train guide with the photo's own map or, to see if it matters, with another "
+        "photo's, the mean of all, a Gaussian in the centre, or the mask [own]",
+    )
+    add(
+        "--test-maps",
+        choices=TEST_MAPS,
+        help="score guide with these; mean: that of training [own; with --maps mean, centre or "
+        "mask what training used]",
     )
     add("--live", action="store_true", help="describe every photo in every step, see D10")
 
@@ -284,6 +294,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         width=args.width or (512 if wide else MIT[args.encoder].width),  # D2
         bce=args.bce or ("coded" if args.released else "weighted"),  # D3
         scales=args.scales or used,
+        test_maps=args.test_maps or usual_test_maps(args.maps),
         eval=flags.evaluation_sets(args, usual_sets(args.data)),
     )
     if not set(args.scales) <= set(used):
@@ -291,8 +302,11 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
             "--decoder ann sees scales 3 and 4 alone: give --scales one or both of them, or leave "
             "it out"
         )
-    if args.maps == "other" and args.live:
-        raise UserError("--maps other needs maps made beforehand: leave out --live")
+    if args.live and (args.maps != "own" or args.test_maps == "mean"):
+        raise UserError(
+            "--live makes the map of a photo itself in every step: leave out --maps and "
+            "--test-maps mean"
+        )
     if args.size < 32:
         raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 32")
     if args.hidden % 64:
@@ -300,6 +314,13 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if not 0 <= args.crop < 1:
         raise UserError(f"--crop {args.crop} is not a share from 0 to less than 1")
     return args
+
+
+def usual_test_maps(maps: str) -> str:
+    """--test-maps if it is not given: what training used, but never another photo's map."""
+    if maps in ("mean", "centre"):
+        return "mean"  # of the maps of training, which were all the same
+    return "mask" if maps == "mask" else "own"
 
 
 def usual_sets(data: str) -> list[str]:
@@ -527,6 +548,7 @@ class SDGSOD(nn.Module):
         self.captioner = captioner
         if captioner is not None:
             captioner.requires_grad_(False)
+            self.register_buffer("mean_map", torch.zeros(1, 1, 7, 7))  # of training
 
     def train(self, mode: bool = True) -> "SDGSOD":
         """As in torch, but the captioner is frozen."""
@@ -613,13 +635,17 @@ class Captioner(nn.Module):
                 nn.init.normal_(p, std=0.64 / math.sqrt(p.shape[1]))
         nn.init.zeros_(self.words.weight[PAD].data)
 
-    def encode(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> the grid G [B, 49, H]"""
+    def features(self, image: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] in [0, 1] -> the CNN's maps, the deepest one last, [B, C, 7, 7]"""
         if image.shape[2:] != (GRID, GRID):
             image = F.interpolate(
                 image, (GRID, GRID), mode="bilinear", antialias=True, align_corners=False
             )
-        maps = self.encoder(image)[-self.taps :]
+        return self.encoder(image)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> the grid G [B, 49, H]"""
+        maps = self.features(image)[-self.taps :]
         grid = torch.cat([F.adaptive_avg_pool2d(m, maps[-1].shape[2:]) for m in maps], 1)
         return self.projection(self.standardise(grid).flatten(2).mT)
 
@@ -826,7 +852,7 @@ def train_saliency(
     """Stages sod, control and guide: learn masks, in stage guide with the map of each photo.
 
     bce: see `structure_loss`. cut: most that a crop leaves out of either axis. maps: the map that
-    guides a photo, "own", "other", or "live", the own one described anew in every step (D10).
+    guides a photo, one of `MAPS`, or "live", the own one described anew in every step (D10).
     """
     photos = open_set(settings.data, settings.data_root)
     folder = settings.out / stage
@@ -840,7 +866,11 @@ def train_saliency(
 
     # With --resume, `Run` has restored the captioner, so the maps are made after it.
     guided = stage == "guide" and maps != "live"
-    guidance = make_maps(maps, net.captioner, bank, settings) if guided else None
+    if guided:
+        guidance = make_maps(maps, net.captioner, bank, settings)  # [N, 1, 7, 7]
+        net.mean_map.copy_(guidance.mean(0, keepdim=True))
+        if maps in ("mean", "centre"):
+            saliency = partial(saliency, m=net.mean_map)
 
     for epoch in run.epochs():
         random = epoch_random(stage, epoch, settings)
@@ -936,9 +966,22 @@ def own_maps(captioner: Captioner, bank: Bank, settings: Settings) -> Tensor:
 
 
 def make_maps(kind: str, captioner: Captioner, bank: Bank, settings: Settings) -> Tensor:
-    """The map that guides each photo, of the kind that --maps names. [N, 1, 7, 7]"""
+    """The map that guides each photo, of a kind of `MAPS`. [N, 1, 7, 7] on the device"""
+    count = len(bank)
+    if kind == "centre":
+        return centre_map().to(settings.device).expand(count, -1, -1, -1)
+    if kind == "mask":
+        chunks = torch.arange(count).split(settings.batch_size)
+        return torch.cat([mask_map(bank.masks(index)) for index in chunks])
     maps = own_maps(captioner, bank, settings)
-    return maps.roll(1, 0) if kind == "other" else maps
+    if kind == "mean":
+        return maps.mean(0, keepdim=True).expand(count, -1, -1, -1)
+    if kind == "other":
+        if count < 2:
+            raise UserError("the map of another photo needs at least two photos in a set")
+        random = generator("cpu", settings.seed, "other maps")
+        return maps[others(count, random).to(maps.device)]
+    return maps
 
 
 def cropped_maps(maps: Tensor, index: Tensor, flip: Tensor, box: Tensor, side: int) -> Tensor:
@@ -1189,10 +1232,35 @@ def describe(
     return described, maps.sum(1, keepdim=True)
 
 
-def evaluate(stage: str, net: SDGSOD, settings: Settings) -> harness.Results:
-    """Saliency scores of the --eval sets with masks."""
+def evaluate(stage: str, net: SDGSOD, settings: Settings, maps: str = "own") -> harness.Results:
+    """Saliency scores of the --eval sets with masks; of stage guide with maps of `TEST_MAPS`."""
     saliency = partial(saliency_logit, net, amp=settings.amp)
-    return harness.evaluate(saliency, judging("mask", settings), settings.out / stage, f"-{stage}")
+    judged = judging("mask", settings)
+    folder = settings.out / stage
+    row = row_of(stage, maps)
+    if stage == "guide" and maps == "mean":
+        saliency = partial(saliency, m=net.mean_map)
+    if stage != "guide" or maps in ("own", "mean"):
+        return harness.evaluate(saliency, judged, folder, row)
+
+    # Maps of other photos, or of masks, are made before; the photos come in the same order.
+    results = {}
+    for spec in judged.eval:
+        dataset = open_set(spec, settings.data_root)
+        bank = Bank(dataset, settings.size, settings.device, folder, parts=("image", "mask"))
+        mine = iter(settings.world.share(make_maps(maps, net.captioner, bank, settings)))
+
+        def with_maps(image: Tensor) -> Tensor:
+            return saliency(image, m=torch.stack([next(mine) for _ in image]))
+
+        one = dataclasses.replace(judged, eval=[spec])
+        results |= harness.evaluate(with_maps, one, folder, row)
+    return results
+
+
+def row_of(stage: str, maps: str) -> str:
+    """What follows a set's title in tables and folders: "-guide", "-guide-mean"."""
+    return f"-{stage}" if stage != "guide" or maps == "own" else f"-{stage}-{maps}"
 
 
 @torch.no_grad()
@@ -1224,6 +1292,25 @@ def study(captioner: Captioner, settings: Settings) -> None:
         scores.merge(settings.world)
         if settings.world.main:
             scores.report(folder)
+
+
+@torch.no_grad()
+def study_maps(captioner: Captioner, settings: Settings) -> None:
+    """Compare the captioner's maps, and others, with the masks of the --eval sets.
+
+    At most 500 photos of each set. Writes <out>/caption/maps-<set>.json.
+    """
+    judged = judging("mask", settings).eval
+    usual = mean_mask(settings.data, settings.data_root) if judged else None
+    for spec in judged:
+        dataset = open_set(spec, settings.data_root)
+        found = Ladder()
+        for samples, images in harness.batches_of(spread(dataset), settings, "maps"):
+            _, sums = describe(captioner, images, settings.amp)
+            found.add(samples, sums, captioner.features(images)[-1])
+        found.merge(settings.world)
+        if settings.world.main:
+            found.report(dataset.title, usual, settings.seed, settings.out / "caption")
 
 
 def predict_words(net: nn.Module, settings: Settings) -> None:
@@ -1262,7 +1349,7 @@ def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, str,
         stage = saved["stage"]
         fixed = ["data", "released"]
         if stage != "caption":
-            fixed += "encoder decoder width scales attn_norm attn_row".split()
+            fixed += "encoder decoder width scales attn_norm attn_row maps live".split()
         args = flags.saved_flags(args, saved, fixed, free=["size", "beam", "attn_row"])
         args = flags.replaced(args, out=args.out or flags.run_of(path, STAGES))
     args = complete(args)
@@ -1288,27 +1375,36 @@ def use(args: argparse.Namespace) -> None:
             f"--words: {path} is of stage {stage}, which knows no words; give a checkpoint of "
             "stage caption or guide"
         )
+    if args.predict and stage == "guide" and args.test_maps in ("other", "mask"):
+        raise UserError(
+            f"--predict: a photo alone has no map of the kind {args.test_maps}; give --test-maps "
+            "own or mean"
+        )
     settings = flags.settle(args, METHOD, captions=True)
     net = settings.place(net, channels_last=False)
     check_judges(stage, settings)
     if stage == "caption":
         study(net, settings)
+        study_maps(net, settings)
     else:
-        results = evaluate(stage, net, settings)
+        results = evaluate(stage, net, settings, args.test_maps)
         harness.save_results(results, settings, settings.out / stage)
     if args.predict and stage != "caption":
-        harness.predict(partial(saliency_logit, net, amp=settings.amp), settings)
+        saliency = partial(saliency_logit, net, amp=settings.amp)
+        if stage == "guide" and args.test_maps == "mean":
+            saliency = partial(saliency, m=net.mean_map)
+        harness.predict(saliency, settings)
     if args.predict and (stage == "caption" or args.words):
         predict_words(net, settings)
 
 
 def check_judges(stage: str, settings: Settings) -> None:
     """Raise `UserError` if there are --eval sets, but none of them can judge a stage."""
-    part = "caption" if stage == "caption" else "mask"
-    if settings.eval and not judging(part, settings).eval:
+    parts = ["caption", "mask"] if stage == "caption" else ["mask"]
+    if settings.eval and not any(judging(part, settings).eval for part in parts):
         raise UserError(
-            f"--eval {' '.join(settings.eval)}: stage {stage} is judged by {part}s, which these "
-            "sets lack"
+            f"--eval {' '.join(settings.eval)}: stage {stage} is judged by {'s or '.join(parts)}s, "
+            "which these sets lack"
         )
 
 
@@ -1342,15 +1438,16 @@ def main(argv: list[str] | None = None) -> None:
             net = settings.place(net, channels_last=False)
             train_captioner(net, settings, schedules[stage], bank, texts)
             study(net, settings)
+            study_maps(net, settings)
         else:
             net = settings.place(make_start(stage, args, settings), channels_last=False)
             maps = "live" if args.live else args.maps
             train_saliency(stage, net, settings, schedules[stage], args.bce, args.crop, maps)
-            results |= evaluate(stage, net, settings)
+            results |= evaluate(stage, net, settings, args.test_maps)
             harness.save_results(results, settings, settings.out / stage)
-    columns = [f"{stage}/pred/{{}}-{stage}" for stage in ("sod", "control", "guide")]
-    made = [column for column in columns if (settings.out / column.split("/")[0]).exists()]
-    harness.gallery(made, judging("mask", settings))
+    shown = [stage for stage in ("sod", "control", "guide") if (settings.out / stage).exists()]
+    columns = [f"{stage}/pred/{{}}{row_of(stage, args.test_maps)}" for stage in shown]
+    harness.gallery(columns, judging("mask", settings))
 
 
 if __name__ == "__main__":
