@@ -25,7 +25,7 @@ from common import curves, datasets, images, published, run, runtime
 from common.backbones import read_weights
 from common.bank import MapBank
 from common.runtime import UserError
-from data.captions import read_vocabulary
+from data.captions import read_captions, read_vocabulary
 from data.panoptic import Panoptic, encode_ids
 
 
@@ -279,10 +279,9 @@ def checkpoint(folder: Path) -> Path:
 def go_on(path: Path) -> None:
     """Resume from a last.pt, and train a step."""
     training = stage(path.parent, resume=True)
-    for training.epoch in training.epochs():
-        training.raw(torch.rand(2, 3, 8, 8)).sum().backward()
-        training.optimiser.step()
-        break
+    next(training.epochs())
+    training.raw(torch.rand(2, 3, 8, 8)).sum().backward()
+    training.optimiser.step()
 
 
 def labels(folder: Path) -> Path:
@@ -354,15 +353,15 @@ FORMATS = {
     ),
     "captions.json": Format(
         written("captions_a.json", json.dumps(CAPTIONS)),
-        lambda path: datasets.read_captions(path.parent),
+        lambda path: read_captions(path.parent),
         load=json.loads,
         save=in_json,
     ),
     "a.token.txt": Format(
-        written("a.token.txt", TOKENS), lambda path: datasets.read_captions(path.parent), False
+        written("a.token.txt", TOKENS), lambda path: read_captions(path.parent), False
     ),
     "captions.txt": Format(
-        written("captions.txt", TABLE), lambda path: datasets.read_captions(path.parent), False
+        written("captions.txt", TABLE), lambda path: read_captions(path.parent), False
     ),
     "words.vocab": Format(
         written("words.vocab", WORDS), lambda path: read_vocabulary(path, 50), False
@@ -493,8 +492,9 @@ def test_headers_that_lie_are_refused(name, tmp_path):
     header, size = LIES[name]
     path = tmp_path / "w.safetensors"
     path.write_bytes(joined([header, bytes(size)]))
-    with pytest.raises(UserError, match=str(path)):
+    with pytest.raises(UserError, match=str(path)) as error:
         published.read_state(path)
+    assert ("unknown type F8_E4M3" in str(error.value)) == (name == "unknown numbers")
 
 
 @pytest.mark.parametrize("length", [0, 1, 1 << 20, (1 << 64) - 1])
@@ -502,7 +502,8 @@ def test_a_wrong_length_of_the_header_is_refused(length, tmp_path):
     path = tmp_path / "w.safetensors"
     raw = joined([{"a": entry(0, 8)}, bytes(8)])
     path.write_bytes(length.to_bytes(8, "little") + raw[8:])
-    with pytest.raises(UserError, match=f"{path} is not a readable .safetensors file"):
+    reason = "it is cut off" if length > 1 << 16 else "Expecting"
+    with pytest.raises(UserError, match=rf"{path} is not a readable .safetensors file \({reason}"):
         published.read_state(path)
 
 
