@@ -8,6 +8,7 @@ All of them turn a picture as its EXIF tag says, and take the first frame or pag
 holds several. They raise `UserError` with a sentence that names the file.
 """
 
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -55,13 +56,12 @@ def read(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise UserError(
-            f"{path} has more than {limit} million pixels, too many to be opened without a check: "
-            "make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            f"{path} has more than {limit} million pixels and may be a decompression bomb: make it "
+            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from None
     except UnidentifiedImageError:
         raise UserError(
-            f"{path} is not a picture that Pillow can read; fetch it again, convert it, or remove "
-            "it"
+            f"{path} is not a picture that Pillow reads; fetch it again, convert it, or remove it"
         ) from None
     except Exception as error:  # broken files make Pillow raise errors of many kinds
         if isinstance(error, OSError) and error.errno:  # from the system, not from the decoder
@@ -88,21 +88,23 @@ def upright(image: Image.Image) -> Image.Image:
 def eight_bits(image: Image.Image, stretch_below: float = 0) -> Image.Image:
     """Grey of 16 bits or floating point, which Pillow's convert() would clip at 255, as 8 bits.
 
-    Values of a photo or map go from 0 to 65,535 (floating point: to 1) and are scaled. If none
-    reaches `stretch_below` they are a sensor's numbers, such as millimetres: the smallest above 0
-    becomes 1, the largest 255, and 0, which stands for "not measured", stays 0.
+    Values go from 0 to 65,535 (floating point: to 1, 255 or 65,535, whichever holds them) and are
+    scaled to 255. If all are then below `stretch_below` they are a sensor's numbers, such as
+    millimetres, and are stretched: the smallest above 0 becomes 1, the largest 255, and 0, which
+    stands for "not measured", stays 0.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
     high = values.max()
     low = values[values > 0].min(initial=high)
-    if low < high < stretch_below:
+    top = 65535
+    if image.mode == "F" and high <= 255:
+        top = 1 if high <= 1 else 255
+    if low < high < stretch_below * top / 255:
         values = np.where(values > 0, 1 + (values - low) * 254 / (high - low), 0)
-    elif image.mode != "F":
-        values = values / 257
-    elif high <= 1:
-        values = values * 255
+    else:
+        values = values * (255 / top)
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
@@ -111,11 +113,10 @@ def load_grey(path: str | Path) -> Image.Image:
     return eight_bits(read(path)).convert("L")
 
 
-def load_image(path: str | Path, stretch_below: float = 2**14) -> torch.Tensor:
+def load_image(path: str | Path, stretch_below: float = 64) -> torch.Tensor:
     """A picture of any mode -> uint8 [3, H, W] without alpha; raises `UserError`.
 
-    16-bit grey is scaled from 65,535 to 255. If it does not reach `stretch_below` (14 bits), it is
-    no photo but a sensor's numbers and is stretched, see `eight_bits`.
+    16-bit grey is divided by 257, unless it would be too dark for a photo, see `eight_bits`.
     """
     image = eight_bits(read(path), stretch_below).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -157,8 +158,8 @@ def mask_of(image: Image.Image, path: str | Path) -> np.ndarray:
     Raises `UserError` where this does not decide: label numbers, a void label, a photo.
     """
     alpha = alpha_of(image)
-    if image.mode == "P" and np.max(image) >= len(palette_of(image)):
-        image = Image.fromarray(np.array(image))  # a cut palette: its indices are all that is left
+    if image.mode == "P" and not shows_indices(image):
+        image = Image.fromarray(np.array(image))  # the indices are all that is left
     if image.mode in ("L", "F") or image.mode.startswith("I"):
         return grey_mask(np.asarray(image), path)
 
@@ -188,7 +189,7 @@ def alpha_of(image: Image.Image) -> Image.Image | None:
     alpha = image.getchannel(image.getbands()[-1])
     low, high = alpha.getextrema()
     invisible = high == 0 and image.convert("RGB").getcolors(1) is not None
-    return alpha if low < high or invisible else None
+    return alpha if low < min(high, WHITE) or invisible else None
 
 
 def palette_of(image: Image.Image) -> list[tuple[int, ...]]:
@@ -197,11 +198,21 @@ def palette_of(image: Image.Image) -> list[tuple[int, ...]]:
     return list(zip(levels[::3], levels[1::3], levels[2::3]))
 
 
+def shows_indices(image: Image.Image) -> bool:
+    """Whether a palette holds all the indices that are used, and not all in one colour."""
+    palette = palette_of(image)
+    used = np.unique(image)
+    if used[-1] >= len(palette):
+        return False
+    return len(used) == 1 or len({palette[i] for i in used}) > 1
+
+
 def paint_mask(image: Image.Image, path: str | Path) -> np.ndarray:
     """The foreground of a coloured mask, bool [H, W]; see `mask_of`."""
-    counted = image.convert("RGB").getcolors(PAINTS)
+    rgb = image.convert("RGB")
+    counted = rgb.getcolors(PAINTS)
     if counted is None:
-        raise unclear(path, f"more than {PAINTS} colours, as a photo or shaded paint does")
+        raise unclear(path, f"more than {PAINTS} colours", ["as a photo or shaded paint does"])
     colours = [colour for _, colour in counted]
 
     # The background is black, or the first entry of a palette if no entry is darker.
@@ -216,7 +227,7 @@ def paint_mask(image: Image.Image, path: str | Path) -> np.ndarray:
     void = VOID in colours or image.mode == "P" and np.max(image) == 255
     if void and len(colours) > 2:
         raise unclear(path, "a void label (index 255) beside others", colours)
-    away = np.abs(np.asarray(image.convert("RGB")).astype(int) - background).max(2)
+    away = np.abs(np.asarray(rgb).astype(int) - background).max(2)
     return away > (COLOURED if max(background) <= COLOURED else 0)
 
 
@@ -259,11 +270,11 @@ def may_be_labels(values: np.ndarray, levels: np.ndarray, grey: np.ndarray) -> b
     return grey[-2] < HALF / 2 and between.sum() > (values == levels[-1]).sum() / 10
 
 
-def unclear(path: str | Path, what: str, values=()) -> UserError:
+def unclear(path: str | Path, what: str, values: Sequence) -> UserError:
     """The error for a mask that cannot be decided: file, values found, what to do."""
-    shown = ", ".join(str(value) for value in values[:6]) + (", …" if len(values) > 6 else "")
-    found = f" ({shown})" if shown else ""
+    shown = ", ".join(str(value) for value in values[:6])
+    more = ", …" if len(values) > 6 else ""
     return UserError(
-        f"{path} is no mask that can be decided: it holds {what}{found}; save it as black for the "
-        "background and white for the foreground"
+        f"{path} holds {what} ({shown}{more}), so its foreground cannot be told; save it as black "
+        "for the background and white for the foreground"
     )

@@ -1,20 +1,17 @@
-"""Data sets: what pictures decode to, which files belong together, and what bad input says."""
+"""Data sets: which files belong together, what is left out, and what bad input says."""
 
 import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.datasets import check, load_grey, load_image, load_mask, main, open_set
+from common.datasets import check, main, open_set
 from common.runtime import UserError
 from data import registry
 from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, Entry, read_split
-
-ROW = np.array([[0, 100, 200, 255]], np.uint8)  # [1, 4]
 
 
 def draw(path: Path, value: int = 0, size: tuple[int, int] = (6, 4), mode: str = "RGB") -> Path:
@@ -44,90 +41,6 @@ def error(call, *args, **options) -> str:
         call(*args, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-# ---- Decoding --------------------------------------------------------------------------------
-def test_pictures_of_every_mode_decode_to_their_colours(tmp_path):
-    red = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)  # [1, 2, 3]
-    rgb = Image.fromarray(red)
-    alpha = rgb.convert("RGBA")
-    alpha.putalpha(7)
-    for name, image in {
-        "rgb.png": rgb,
-        "rgba.png": alpha,
-        "bitmap.BMP": rgb,
-        "palette.png": rgb.quantize(2),
-    }.items():
-        image.save(tmp_path / name)
-        assert load_image(tmp_path / name).permute(1, 2, 0).tolist() == red.tolist(), name
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")  # no cyan: red
-    red = load_image(tmp_path / "cmyk.jpg")[:, 4, 4].tolist()
-    assert red[0] > 240 and max(red[1:]) < 15
-    Image.fromarray(ROW).save(tmp_path / "grey.png")
-    got = load_image(tmp_path / "grey.png")
-    assert got.dtype == torch.uint8 and got.is_contiguous() and got.tolist() == [ROW.tolist()] * 3
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    Image.fromarray(ROW.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    assert load_image(tmp_path / "deep.png")[1].tolist() == ROW.tolist()
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    image = Image.fromarray(np.array([[0, 255]], np.uint8).repeat(8, 0).repeat(8, 1))  # left dark
-    tags = Image.Exif()
-    tags[0x0112] = 6  # to be turned clockwise by 90 degrees: the left edge becomes the top
-    image.save(tmp_path / "turned.jpg", exif=tags)
-    got = load_image(tmp_path / "turned.jpg")
-    assert got.shape == (3, 16, 8)
-    assert got[:, :7].max() < 40 and got[:, 9:].min() > 215
-
-
-def masks_of(tmp_path):
-    """(file name, picture, expected foreground) of the kinds of masks that public sets hold."""
-    palette = Image.fromarray(np.array([[0, 1, 2, 1]], np.uint8), "P")
-    palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # dark red and green: grey 38 and 75
-    ramp = Image.fromarray(ROW, "P")
-    ramp.putpalette([level for level in range(256) for _ in range(3)])
-    grey = Image.fromarray(np.array([[0, 128, 129, 255]], np.uint8))
-    return [
-        ("grey.png", grey, [0, 0, 1, 1]),
-        ("rgb.png", grey.convert("RGB"), [0, 0, 1, 1]),
-        ("bit.png", grey.point(lambda v: 255 * (v > 128)).convert("1"), [0, 0, 1, 1]),
-        ("ones.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint8)), [0, 1, 0, 1]),
-        ("none.png", Image.fromarray(np.zeros((1, 4), np.uint8)), [0, 0, 0, 0]),
-        ("objects.png", palette, [0, 1, 1, 1]),
-        ("ramp.png", ramp, [0, 0, 1, 1]),
-        (
-            "deep.png",
-            Image.fromarray(np.array([[0, 33024, 33025, 65535]], np.uint16)),
-            [0, 0, 1, 1],
-        ),
-        ("deep255.png", Image.fromarray(np.array([[0, 255, 0, 255]], np.uint16)), [0, 1, 0, 1]),
-        ("deep1.png", Image.fromarray(np.array([[0, 1, 0, 1]], np.uint16)), [0, 1, 0, 1]),
-    ]
-
-
-def test_masks_of_every_kind_are_binary(tmp_path):
-    for name, image, foreground in masks_of(tmp_path):
-        image.save(tmp_path / name)
-        got = load_mask(tmp_path / name)
-        assert got.dtype == torch.uint8 and got.shape == (1, 1, 4)
-        assert got.flatten().tolist() == [255 * f for f in foreground], name
-        if name in ("grey.png", "rgb.png", "bit.png", "ramp.png", "deep.png"):
-            grey = np.array(load_grey(tmp_path / name))  # as common.metrics reads masks
-            assert np.array_equal(got[0].numpy() > 0, grey > 128), name
-
-
-def test_unreadable_files_are_named(tmp_path):
-    photo = tmp_path / "photo.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(photo)
-    files = {"short.jpg": photo.read_bytes()[:900], "empty.png": b"", "text.jpg": b"not a photo"}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-        for load in (load_image, load_mask):
-            assert str(tmp_path / name) in error(load, tmp_path / name)
-    assert "gone.jpg" in error(load_image, tmp_path / "gone.jpg")
 
 
 # ---- Pairing ---------------------------------------------------------------------------------
