@@ -11,6 +11,7 @@ on the device to saliency logits [B, 1, S, S].
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -60,7 +61,6 @@ def batches_of(
     batch = settings.batch_size
     count = min(len(dataset), 2 * batch) if settings.dry_run else len(dataset)
     index = settings.world.share(range(count))
-    chunks = [index[i : i + batch] for i in range(0, len(index), batch)]
 
     def read(i: int) -> dict | None:
         try:
@@ -70,8 +70,11 @@ def batches_of(
                 raise
             broken.append(str(error))
 
-    for chunk in progress(chunks, text):
-        samples = [sample for sample in runtime.parallel_map(read, chunk) if sample]
+    # Photos are decoded on all cores while the network works on the batch before.
+    photos = runtime.parallel_map(read, index)
+    for at in progress(range(0, len(index), batch), text):
+        samples = list(islice(photos, min(batch, len(index) - at)))
+        samples = [sample for sample in samples if sample is not None]
         if samples:
             yield samples, stack(samples, settings)
 
@@ -113,21 +116,37 @@ def evaluate(
     crf = settings.crf if crf is None else crf
     results = {}
     for spec in settings.eval:
-        dataset, metrics = open_set(spec, settings.data_root), Metrics()
+        dataset = open_set(spec, settings.data_root)
         report_left_out(dataset)
         title = dataset.title + row
-        for samples, images in batches_of(dataset, settings, f"evaluate {title}"):
-            for sample, logit in zip(samples, forward(images)):
-                if sample["mask"] is None:
-                    raise UserError(f"{title}: {sample['name']} has no mask and cannot be scored")
-                pred = finish(logit, sample, crf)
-                save_png(folder / "pred" / title / f"{sample['name']}.png", pred)
-                metrics.add(pred, sample["mask"][0] > 127)
+        maps = final_maps(forward, dataset, settings, f"evaluate {title}", crf)
+        metrics = Metrics()
 
+        def score(pair: tuple[dict, Tensor], title: str = title) -> Metrics:
+            sample, pred = pair
+            if sample["mask"] is None:
+                raise UserError(f"{title}: {sample['name']} has no mask and cannot be scored")
+            save_png(folder / "pred" / title / f"{sample['name']}.png", pred)
+            scores = Metrics()
+            scores.add(pred, sample["mask"][0] > 127)
+            return scores
+
+        # Maps are written and scored on all cores while the network makes the next ones.
+        for scores in runtime.parallel_map(score, maps):
+            metrics.merge(scores)
         results[title] = Metrics()
         for part in settings.world.gather(metrics):
             results[title].merge(part)
     return results
+
+
+def final_maps(
+    forward: Forward, dataset: Dataset, settings: Settings, text: str, crf: bool, broken=None
+) -> Iterator[tuple[dict, Tensor]]:
+    """Samples and their uint8 maps [H, W], one after the other; broken: see `batches_of`."""
+    for samples, images in batches_of(dataset, settings, text, broken):
+        for sample, logit in zip(samples, forward(images)):
+            yield sample, finish(logit, sample, crf)
 
 
 def save_results(results: Results, settings: Settings, folder: Path) -> None:
@@ -229,14 +248,17 @@ def predict(forward: Forward, settings: Settings) -> None:
     suffixes = ["", "_cutout"] if settings.cutout else [""]
     check_names([name + suffix for name in photos.names for suffix in suffixes])
 
+    def save(pair: tuple[dict, Tensor]) -> None:
+        sample, pred = pair
+        save_png(folder / f"{sample['name']}.png", pred)
+        if settings.cutout:
+            rgba = torch.cat([sample["image"], pred[None]]).permute(1, 2, 0)
+            save_png(folder / f"{sample['name']}_cutout.png", rgba)
+
     broken = []
-    for samples, images in batches_of(photos, settings, "predict", broken):
-        for sample, logit in zip(samples, forward(images)):
-            pred = finish(logit, sample, settings.crf)
-            save_png(folder / f"{sample['name']}.png", pred)
-            if settings.cutout:
-                rgba = torch.cat([sample["image"], pred[None]]).permute(1, 2, 0)
-                save_png(folder / f"{sample['name']}_cutout.png", rgba)
+    maps = final_maps(forward, photos, settings, "predict", settings.crf, broken)
+    for _ in runtime.parallel_map(save, maps):
+        pass
 
     broken = [reason for part in settings.world.gather(broken) for reason in part]
     say(f"wrote {len(photos) - len(broken)} map(s) to {folder}")
