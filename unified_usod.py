@@ -685,7 +685,7 @@ def train_cues(
     optimiser = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
     logit = partial(cue_logit, net, amp=settings.amp)
-    watch = harness.Watch(settings)
+    watch = harness.Watch(settings, photos)
 
     for epoch in run.epochs():
         random = generator("cpu", settings.seed, "side", epoch)
@@ -740,7 +740,7 @@ def train_detector(
     net.encoders.requires_grad_(False)
     run = Run(settings, 2, bank, net, optimiser, schedule, labels, "stage2")
     logit = partial(detector_logit, net, amp=settings.amp)
-    watch = harness.Watch(settings)
+    watch = harness.Watch(settings, photos)
 
     for epoch in run.epochs():
         # Not in the paper; released code: in the first of 10 epochs the encoders are frozen, and
