@@ -439,7 +439,7 @@ def read_known(scenes: Panoptic) -> dict[str, list[int]]:
     try:
         found = json.loads(path.read_bytes())
         return {name: [int(id) for id in found[name]] for name in scenes.names}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} does not list the salient ids of every image ({reason(error)}); make it "
             "again, or remove it if the vote is not to be scored"

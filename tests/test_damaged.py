@@ -27,6 +27,7 @@ from common.bank import MapBank
 from common.runtime import UserError
 from data.captions import read_captions, read_vocabulary
 from data.panoptic import Panoptic, encode_ids
+from data.relabel import Choices, read_known
 
 
 # ---- Damage --------------------------------------------------------------------------------------
@@ -330,6 +331,21 @@ def read_panoptic(path: Path) -> None:
         assert set(np.unique(scenes.mask(number, ids))) <= {0, 255}
 
 
+def choice(folder: Path) -> Path:
+    """Which segments of the photo were chosen by hand."""
+    panoptic("")(folder)
+    path = folder / "sod/choices/val/9.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"chosen": [5, 70], "skipped": False, "by": "hand"}))
+    return path
+
+
+def salient(folder: Path) -> Path:
+    """The salient segments that are known."""
+    panoptic("")(folder)
+    return written("annotations/salient_val.json", json.dumps({"9": [5, 70]}))(folder)
+
+
 def in_json(value) -> bytes:
     """JSON text."""
     return json.dumps(value).encode()
@@ -344,6 +360,8 @@ FORMATS = {
     "photo.webp": Format(picture("RGB", ".webp"), images.load_image),
     "photo.gif": Format(picture("RGB", ".gif"), images.load_image),
     "16 bits.png": Format(picture("I;16", ".png"), images.load_image),
+    "depth.png": Format(picture("I;16", ".png"), images.load_modality),
+    "cut-out.png": Format(picture("RGBA", ".png"), images.load_map),
     "mask.png": Format(mask, images.load_mask),
     "palette.png": Format(picture("P", ".png"), images.load_mask),
     "mask.jpg": Format(picture("L", ".jpg"), images.load_mask),
@@ -379,6 +397,18 @@ FORMATS = {
     "weights.safetensors": Format(safetensors, read_safetensors, load=parted, save=joined),
     "panoptic.json": Format(
         panoptic("annotations/panoptic_val.json"), read_panoptic, load=json.loads, save=in_json
+    ),
+    "choice.json": Format(
+        choice,
+        lambda path: Choices(Panoptic(path.parents[3], "val")),
+        load=json.loads,
+        save=in_json,
+    ),
+    "salient.json": Format(
+        salient,
+        lambda path: read_known(Panoptic(path.parents[1], "val")),
+        load=json.loads,
+        save=in_json,
     ),
     "panoptic.png": Format(panoptic("annotations/panoptic_val/9.png"), read_panoptic),
     "panoptic.jpg": Format(panoptic("val/9.jpg"), read_panoptic),
