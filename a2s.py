@@ -197,7 +197,7 @@ class SEBlock(nn.Module):
         """[B, channels, h, w] -> [B, 64, h, w]"""
         f = F.relu(self.norm(self.conv(e)))  # [B, 64, h, w]
         gate = torch.sigmoid(self.gate(f.mean((2, 3), keepdim=True)))  # [B, 64, 1, 1]
-        return f * gate
+        return (f * gate).to(e.dtype)  # under autocast GroupNorm gives fp32
 
 
 def mean_threshold(m: Tensor) -> Tensor:
@@ -467,7 +467,8 @@ def make_optimiser(net: nn.Module, encoder_share: float) -> torch.optim.Optimize
     encoder = [p for p in net.encoder.parameters() if p.requires_grad]
     others = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": others, "share": 1.0}, {"params": encoder, "share": encoder_share}]
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    fused = others[0].is_cuda  # one kernel for all parameters
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
@@ -513,8 +514,9 @@ def train_activation(
                 loss = loss + weight * adb_loss(theta, alpha, keep)  # Eq. 4
 
             optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimiser)
+            run.scaler.update()
             run.add(loss=loss)
 
         mirror = harness.mirror(logit, bank)
@@ -554,8 +556,9 @@ def train_detector(
             loss = detector_loss(y, g)  # Eq. 12
 
             optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimiser)
+            run.scaler.update()
             run.add(loss=loss)
 
             if rectifying:

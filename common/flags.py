@@ -154,11 +154,16 @@ def add_training_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dic
     place.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     place.add_argument(
         "--amp",
-        choices=("auto", "bf16", "off"),
+        choices=("auto", "bf16", "fp16", "off"),
         default="auto",
-        help="bf16 autocast; auto: on CUDA only. Losses are always fp32 [auto]",
+        help="half precision outside the losses; auto: on CUDA, bf16 where the GPU has it [auto]",
     )
     place.add_argument("--compile", action="store_true", help="torch.compile the network")
+    place.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on CUDA, too, as far as torch can; slower",
+    )
     place.add_argument(
         "--data-root", default="data", metavar="DIR", help="where registered sets lie [data]"
     )
@@ -321,6 +326,10 @@ def settle(args: argparse.Namespace, method: str, captions: bool = False) -> Set
     that is not there, has no masks (unless `captions` will do), or the name of another.
     """
     device, reason = runtime.pick_device(args.device)
+    if args.deterministic:
+        runtime.be_deterministic()
+    if args.amp == "bf16" and runtime.precision(device, args.amp) is None:
+        say("--amp bf16: this processor has no bf16 instructions, so fp32 is used, which is faster")
     world = runtime.join_world(device)
     if args.batch_size % world.size:
         raise UserError(

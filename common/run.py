@@ -4,7 +4,11 @@
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
     for epoch in run.epochs():                         # with --resume from last.pt on
         for index, flip in run.batches():              # the samples of one step, and their flips
-            ...                                        # forward, loss, backward, optimiser.step()
+            ...                                        # forward, loss
+            optimiser.zero_grad()
+            run.scaler.scale(loss).backward()          # scaled in fp16 alone
+            run.scaler.step(optimiser)
+            run.scaler.update()
             run.add(loss=loss)
         run.end_epoch(lr=lr)                           # a line of the log, last.pt
 
@@ -35,7 +39,7 @@ from common.runtime import UserError, say
 # Flags that do not change what is learnt: they may differ between a run and its continuation.
 FREE = {
     "out", "data_root", "device", "compile", "eval", "watch", "resume", "overwrite", "weights",
-    "stage", "predict", "cutout", "crf", "base", "photos",
+    "stage", "predict", "cutout", "crf", "base", "photos", "deterministic",
 }  # fmt: skip
 
 
@@ -129,6 +133,9 @@ class Run:
         self.raw = net
         self.labels_file = None
         self.digests = None
+        # fp16 needs losses that are scaled up before backward, lest small gradients become 0.
+        half = runtime.precision(settings.device, settings.amp) is torch.float16
+        self.scaler = torch.amp.GradScaler(settings.device.type, enabled=half)
         self.flags = settings.flags | schedule._asdict() | {"photos": photos_of(bank)}
         self.extra = extra or {}
         self.done = self.resume()
@@ -221,6 +228,7 @@ class Run:
             args=self.flags | self.extra,
             model=self.raw.state_dict(),
             optimiser=self.optimiser.state_dict(),
+            scaler=self.scaler.state_dict(),
             labels=self.labels_file,
         )
         for file in self.folder.glob("labels_*.pt"):
@@ -253,6 +261,8 @@ class Run:
                 )
         runtime.load_state(self.raw, saved["model"], path)
         load_optimiser(self.optimiser, saved.get("optimiser"), path)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
         self.labels_file = saved.get("labels")
         if self.labels and self.labels_file:
             self.labels.pixels.copy_(self.read_labels(self.folder / str(self.labels_file)))

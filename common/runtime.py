@@ -151,6 +151,7 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     """(device, reason). `name`: auto (CUDA, else CPU), cpu, cuda, cuda:1, mps (not tested)."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     torch.backends.cudnn.allow_tf32 = False  # losses are to be fp32, and the rest is bf16 anyway
+    torch.backends.cudnn.benchmark = True  # sizes are the same in every step, or a handful
     if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu"), f"no CUDA device found, {torch.get_num_threads()} CPU threads"
     try:
@@ -168,14 +169,39 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     return device, "chosen by --device"
 
 
+def be_deterministic() -> None:
+    """Choose deterministic kernels where torch has them; it warns where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def precision(device: torch.device, amp: str) -> torch.dtype | None:
+    """The type that --amp stands for on this device; None for fp32 throughout.
+
+    auto: bf16 on a GPU that has it, fp16 on an older one, fp32 elsewhere. bf16 on a processor
+    without such instructions would be emulated, 13 times slower than fp32: there it is fp32, too.
+    """
+    if amp == "fp16":
+        return torch.float16
+    if device.type == "cuda" and amp != "off":
+        modern = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if modern else torch.float16
+    if amp == "bf16" and cpu_has_bf16():
+        return torch.bfloat16
+    return None
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor computes in bf16 itself, as far as torch can tell."""
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(known and known())
+
+
 def autocast(device: torch.device, amp: str):
-    """bf16 autocast if `amp` is 'bf16', or 'auto' on a GPU that has bf16; else does nothing."""
-    on = amp == "bf16" or (
-        amp == "auto"
-        and device.type == "cuda"
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
+    """Autocast to the type that `precision` gives, or a context that does nothing."""
+    dtype = precision(device, amp)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
