@@ -72,6 +72,10 @@ class Bank:
             self.has[part] = torch.ones(count, dtype=torch.bool)
 
         def load(i: int) -> list[Tensor | None]:
+            # A JPEG of 12 million pixels, decoded at twice the wanted size or more and not wholly,
+            # takes a sixth of the time; at 320 pixels the mean difference is 0.2 grey levels.
+            if parts == ("image",) and hasattr(dataset, "photo"):
+                return [resize(dataset.photo(i, at_least=2 * size), size)]
             sample = dataset[i]
             return [resize(sample[part], size) for part in parts]
 

@@ -38,15 +38,18 @@ VOID = (224, 224, 192)  # PASCAL VOC's colour for pixels without a label
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-def read(path: str | Path) -> Image.Image:
+def read(path: str | Path, at_least: int | None = None) -> Image.Image:
     """Decode a picture of any format that Pillow knows and turn it upright; raises `UserError`.
 
-    A full memory is not the file's fault: `MemoryError` passes.
+    at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both
+    sides keep so many pixels. A full memory is not the file's fault: `MemoryError` passes.
     """
     try:
         # Pillow maps a grey TIFF that it opens by name, and then loses its rows if it is turned
         with open(path, "rb") as file:
             image = Image.open(file)
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
             image.load()
             if image.mode in ("LAB", "HSV"):  # Pillow knows no way from these to grey
                 image = image.convert("RGB")
@@ -113,12 +116,15 @@ def load_grey(path: str | Path) -> Image.Image:
     return eight_bits(read(path)).convert("L")
 
 
-def load_image(path: str | Path, stretch_below: float = 64) -> torch.Tensor:
+def load_image(
+    path: str | Path, stretch_below: float = 64, at_least: int | None = None
+) -> torch.Tensor:
     """A picture of any mode -> uint8 [3, H, W] without alpha; raises `UserError`.
 
     16-bit grey is divided by 257, unless it would be too dark for a photo, see `eight_bits`.
+    at_least: see `read`.
     """
-    image = eight_bits(read(path), stretch_below).convert("RGB")
+    image = eight_bits(read(path, at_least), stretch_below).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

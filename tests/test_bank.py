@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from common.bank import Bank, MapBank, available_memory, batches, epoch_order
+from common.bank import Bank, MapBank, available_memory, batches, epoch_order, resize
+from common.images import load_image
 from common.runtime import UserError, World
 
 CPU = torch.device("cpu")
@@ -67,6 +70,48 @@ def test_rectifying_equals_eq_14_by_hand_with_flips():
     want = [0.4 * 20, 0.4 * 21, 0.4 * 22, 0.4 * 23 + 0.6 * 255]  # so right of the photo
     assert bank.pixels[2, 0, 0].tolist() == [round(v) for v in want]
     assert torch.equal(bank.pixels[1], maps(1))  # others untouched
+
+
+class Scenes(Ramps):
+    """Ramps with masks; every second one has a modality."""
+
+    def __getitem__(self, i):
+        image = super().__getitem__(i)["image"]
+        return {"image": image, "mask": maps(i), "modality": image // 2 if i % 2 else None}
+
+
+class Album(Scenes):
+    """Counts its photos that are read alone, and tells how large they have to be."""
+
+    def photo(self, i, at_least):
+        self.asked = at_least
+        return self[i]["image"] + 1
+
+
+def test_photos_alone_need_not_be_decoded_wholly():
+    album = Album()
+    photos = Bank(album, 4, CPU).pixels["image"]
+    assert album.asked == 8
+    whole = Bank(album, 4, CPU, parts=("image", "mask")).pixels["image"]
+    assert torch.equal(photos, whole + 1)
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path):
+    y, x = np.mgrid[:1300, :2000]
+    pixels = np.stack([x % 256, y % 256, (x + y) // 14], 2).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # a camera that was held upright
+    picture.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    picture.save(tmp_path / "a.png")
+    whole = load_image(tmp_path / "a.jpg")
+    small = load_image(tmp_path / "a.jpg", at_least=320)
+    assert whole.shape == (3, 2000, 1300) and small.shape == (3, 500, 325)
+    difference = resize(whole, 160).float() - resize(small, 160).float()
+    assert difference.abs().mean() < 0.5
+    for file, at_least in (("a.jpg", 651), ("a.png", 320)):
+        part = load_image(tmp_path / file, at_least=at_least)
+        assert torch.equal(part, load_image(tmp_path / file))
 
 
 # ---- Memory --------------------------------------------------------------------------------------
@@ -214,14 +259,6 @@ def test_sharing_keeps_own_maps_and_takes_the_others(rank, monkeypatch):
     bank.share(order, 4, World(rank, 2))
     assert bank.changed
     assert wires.calls and bank.pixels[:, 0, 0, 0].tolist() == [0, 10, 102, 102, 51, 51]
-
-
-class Scenes(Ramps):
-    """Ramps with masks; every second one has a modality."""
-
-    def __getitem__(self, i):
-        image = super().__getitem__(i)["image"]
-        return {"image": image, "mask": maps(i), "modality": image // 2 if i % 2 else None}
 
 
 def test_masks_and_modalities_follow_their_image_through_the_flip():
