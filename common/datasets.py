@@ -42,7 +42,6 @@ from data.captions import read_captions
 from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, read_split, wrong_count
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")
 UNREAD = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".psd", ".svg", ".exr")
 UNREAD += (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw")  # of cameras
 
@@ -116,9 +115,7 @@ def pictures(folder: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Pa
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in UNREAD and not name.startswith("."):
-                left_out.append(
-                    (os.path.join(base, name), f"of the kind {suffix}, which is not read")
-                )
+                left_out.append((os.path.join(base, name), f"not read ({suffix})"))
         yield Path(base), sorted(filter(is_picture, files))
 
 
@@ -154,60 +151,52 @@ def scan(
     return found
 
 
-def find_files(folder: Path, part: str, masks: bool, left_out: LeftOut) -> dict[str, list[Row]]:
-    """The pictures below `folder` by role, 'image' for the photos; see the head of the file.
+def find_files(folder: Path, part: str, masks: bool) -> tuple[dict[str, list[Row]], LeftOut]:
+    """The pictures below `folder` by role, 'image' for the photos, and what is left out.
 
     masks: whether masks are wanted. If not, folders that are only named like masks hold photos.
     """
-    found = scan(folder, part)
-    ignore = []
+    left_out = []
+    found = scan(folder, part, left_out)
     if not masks and not found["image"]:
         photos = set(names_of(found["other"]))
-        for role in ("mask", *MODALITIES):
-            fits = not photos.isdisjoint(names_of(found[role]))
-            if not fits or role == "mask" and not are_masks(found[role]):
-                ignore.append(role)
-    found = scan(folder, part, left_out, ignore)
+        ignore = [kind for kind in MODALITIES if photos.isdisjoint(names_of(found[kind]))]
+        if photos.isdisjoint(names_of(found["mask"])) or not are_masks(found["mask"]):
+            ignore.append("mask")
+        left_out = []
+        found = scan(folder, part, left_out, ignore)
 
     # Without a folder for photos they are what has no role. Else the others are strays.
     if not found["image"]:
-        found["image"] = found["other"]
+        found["image"] = found.pop("other", [])
         if not masks:
             left_out += [(str(file), "taken for a mask") for *_, file in found["mask"]]
-    else:
-        left_out += [(str(file), "beside the folder of photos") for *_, file in found["other"]]
-    if found["mask"]:
-        return found
+    left_out += [(str(file), "beside the folder of photos") for *_, file in found["other"]]
 
-    # The png beside another picture of the same stem is its mask.
+    # Without masks the png beside another picture of the same stem is its mask.
+    def is_twin(file: Path) -> bool:
+        return file.suffix.lower() == ".png" and file.with_suffix("") in stems
+
     stems = {file.with_suffix("") for *_, file in found["image"] if file.suffix.lower() != ".png"}
-    twins = [
-        row
-        for row in found["image"]
-        if row[2].suffix.lower() == ".png" and row[2].with_suffix("") in stems
-    ]
-    if masks or are_masks(twins):
+    twins = [row for row in found["image"] if is_twin(row[2])]
+    if not found["mask"] and (masks or are_masks(twins)):
         found["mask"] = twins
-        found["image"] = [row for row in found["image"] if row not in twins]
+        found["image"] = [row for row in found["image"] if not is_twin(row[2])]
         if not masks:
             left_out += [(str(file), "taken for a mask") for *_, file in twins]
-    return found
+    return found, left_out
 
 
 def are_masks(rows: list[Row]) -> bool:
-    """Whether files that lie where masks would lie are masks, not photos.
-
-    Masks beside photos in folders of any name are of one per photo, without loss, and black and
-    white; the first is opened to see.
-    """
+    """Whether files that lie where masks may lie are masks: one per name, the first can be read."""
     names = names_of(rows)
-    files = [file for *_, file in rows]
-    if len(set(names)) < len(names) or any(file.suffix.lower() in LOSSY for file in files):
+    if not rows or len(set(names)) < len(names):
         return False
     try:
-        return bool(files) and load_mask(files[0]) is not None
+        load_mask(rows[0][2])
     except UserError:
         return False
+    return True
 
 
 def names_of(rows: list[Row]) -> list[str]:
@@ -251,8 +240,7 @@ class Folder(Dataset):
         sparse: bool = False,
     ):
         self.title = title
-        self.left_out = []
-        rows = find_files(folder, part, "mask" in needs, self.left_out)
+        rows, self.left_out = find_files(folder, part, "mask" in needs)
         kinds = [kind for kind in MODALITIES if rows[kind]]
         if len(kinds) > 1:
             raise UserError(f"{folder} has both {' and '.join(kinds)}; keep one of them in it")
@@ -269,16 +257,17 @@ class Folder(Dataset):
             if texts:
                 self.files["caption"][name] = texts
 
-        names = set(self.files["image"])
+        photos = self.files["image"]
+        self.names = sorted(photos)
         if sparse:
-            lost = names - self.files.get("mask", names).keys()
-            names -= lost
-            self.left_out += [(str(self.files["image"][name]), "without a mask") for name in lost]
-        if not names:
+            masked = self.files.get("mask", photos)
+            bare = [name for name in self.names if name not in masked]
+            self.left_out += [(str(photos[name]), "without a mask") for name in bare]
+            self.names = [name for name in self.names if name in masked]
+        if not self.names:
             what = "pictures with masks" if sparse else "pictures"
             hint = "; data/README.md says where masks come from" if sparse else ""
             raise UserError(f"no {what} ({', '.join(SUFFIXES)}) in {folder}{hint}")
-        self.names = sorted(names)
         self.check_whole(folder, needs)
 
     def check_whole(self, folder: Path, needs: Iterable[str]) -> None:
@@ -434,7 +423,7 @@ def open_photos(
     that differ in the suffix alone keep it: the map of a.jpg beside a.png is a.jpg.png.
     Raises `UserError` for a path that is not there, and if there is no picture.
     """
-    paths = [Path(path) for path in (paths if isinstance(paths, Sequence) else [paths])]
+    paths = [Path(paths)] if isinstance(paths, (str, Path)) else list(paths)
     for path in paths:
         if not path.exists() and (len(paths) > 1 or is_picture(path.name)):
             raise UserError(f"there is no file or folder {path}")
@@ -458,8 +447,8 @@ def open_photos(
     if not files:
         raise UserError(f"no pictures ({', '.join(SUFFIXES)}) in {some([str(p) for p in paths])}")
 
-    folders = [path.absolute() if path.is_dir() else path.absolute().parent for path in paths]
-    shared = os.path.commonpath(folders)
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    shared = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     names = [composed(Path(os.path.relpath(file, shared)).as_posix()) for file in files]
     times = Counter(os.path.splitext(name)[0].lower() for name in names)
     for i, name in enumerate(names):

@@ -1,14 +1,27 @@
 """Data sets: which files belong together, what is left out, and what bad input says."""
 
 import json
+import os
 import re
+import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.datasets import check, main, open_set
+from common.datasets import (
+    SUFFIXES,
+    check,
+    join,
+    main,
+    open_photos,
+    open_set,
+    read_captions,
+    read_list,
+    report_left_out,
+)
 from common.runtime import UserError
 from data import registry
 from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, Entry, read_split
@@ -18,6 +31,14 @@ def draw(path: Path, value: int = 0, size: tuple[int, int] = (6, 4), mode: str =
     """A picture of one grey value; size is (W, H)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, value).convert(mode).save(path)
+    return path
+
+
+def photo(path: Path) -> Path:
+    """A picture of many colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(path))).integers(0, 255, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
     return path
 
 
@@ -182,6 +203,222 @@ def test_captions_of_coco_and_flickr(tmp_path):
     assert "captions_train2017.json" in error(open_set, "COCO-captions", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ('image,caption\na.jpg,"a dog\nruns"\n', "a dog\nruns"),  # a line break inside quotes
+        ("image,caption\na.jpg,a dog\u2028runs\x85fast\n", "a dog\u2028runs\x85fast"),
+        ("image,caption\r\na.jpg,a dog\r\n", "a dog"),
+        ('image,caption\na.jpg,"a ""dog"", runs"\n', 'a "dog", runs'),
+        ("image,caption\na.jpg,a dog, running\n", "a dog, running"),  # a comma without quotes
+    ],
+)
+def test_captions_are_cut_where_csv_says(tmp_path, text, right):
+    (tmp_path / "captions.txt").write_bytes(text.encode())
+    assert read_captions(tmp_path) == {"a": [right]}
+
+
+def test_captions_of_flickr_are_cut_at_line_feeds_alone(tmp_path):
+    text = "a.jpg#0\tone\x0btwo\x85\u2028three\nb.jpg#1\ta #1\tdog\n"
+    (tmp_path / "x.token.txt").write_bytes(text.encode())
+    assert read_captions(tmp_path) == {"a": ["one\x0btwo\x85\u2028three"], "b": ["a #1\tdog"]}
+
+
+@pytest.mark.parametrize(
+    "text", ['image,caption\na.jpg,"a dog\nb.jpg,a cat\n', "image,caption\na.jpg\n"]
+)
+def test_captions_with_an_open_quote_or_a_missing_column_are_refused(tmp_path, text):
+    (tmp_path / "captions.txt").write_text(text)
+    assert "captions.txt does not hold captions in a known form" in error(read_captions, tmp_path)
+
+
+# ---- What is read and what is left out -----------------------------------------------------------
+def left_out(dataset) -> dict[str, str]:
+    """{name of the file: reason}"""
+    return {Path(file).name: reason for file, reason in dataset.left_out}
+
+
+def test_pictures_of_every_kind_are_read_and_others_counted(tmp_path, capsys):
+    stems = [f"{i}{suffix}" for i, suffix in enumerate(SUFFIXES)]
+    for stem in stems:
+        draw(tmp_path / f"{stem}.png").rename(tmp_path / stem)
+    for name in ("x.heic", "y.DNG", ".hidden.heic", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    dataset = open_set(tmp_path, masks=False)
+    assert len(dataset) == len(stems) == 9
+    assert left_out(dataset) == {"x.heic": "not read (.heic)", "y.DNG": "not read (.dng)"}
+    report_left_out(dataset)
+    text = capsys.readouterr().err
+    assert "9 pictures; 2 left out: 1 not read (.heic), 1 not read (.dng)" in text
+    assert text.count("\n") == 1
+    report_left_out(open_set(pairs(tmp_path / "whole", "ab")))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_strays_and_masks_of_no_picture_are_counted(tmp_path):
+    pairs(tmp_path / "A", "ab")
+    draw(tmp_path / "A/cover.jpg")
+    draw(tmp_path / "A/masks/c.png", mode="L")
+    reasons = {"cover.jpg": "beside the folder of photos", "c.png": "mask of no picture"}
+    dataset = open_set(tmp_path / "A")
+    assert dataset.names == ["a", "b"] and left_out(dataset) == reasons
+    (tmp_path / "a.txt").write_text("a\n")
+    part = open_set(f"{tmp_path}/A@{tmp_path}/a.txt")  # what a list does not name is not left out
+    assert len(part) == 1 and left_out(part) == reasons
+    assert left_out(join([part, open_set("shapes-test")], "both")) == reasons
+    draw(tmp_path / "FBMS/JPEGImages/c/0.jpg")
+    pairs(tmp_path / "FBMS", ["c/1"], "JPEGImages/{}.jpg", "Annotations/{}.png")
+    assert left_out(open_set("FBMS", tmp_path)) == {"0.jpg": "without a mask"}
+
+
+def test_without_masks_folders_of_photos_may_be_called_anything(tmp_path):
+    for folder in ("dogs", "label", "venetian-masks", "flow"):
+        photo(tmp_path / folder / "1.jpg")
+    names = ["dogs/1", "flow/1", "label/1", "venetian-masks/1"]
+    photo(tmp_path / "few/dogs/1.jpg")
+    photo(tmp_path / "few/label/1.jpg")
+    assert open_set(tmp_path / "few", masks=False).names == ["dogs/1", "label/1"]
+    (tmp_path / "few").rename(tmp_path.parent / "few")
+    (tmp_path / "flow/1.jpg").rename(tmp_path / "flow/2.jpg")  # flow of no picture
+    assert open_set(tmp_path, masks=False).names == [*names[:1], "flow/2", *names[2:]]
+    photo(tmp_path.parent / "only/depth/1.jpg")
+    assert open_set(tmp_path.parent / "only", masks=False).names == ["1"]
+    pairs(tmp_path / "real", "ab", "{}.jpg", "GT/{}.jpg")  # these are masks
+    real = open_set(tmp_path / "real", masks=False)
+    assert real.names == ["a", "b"]
+    assert left_out(real) == {"a.jpg": "taken for a mask", "b.jpg": "taken for a mask"}
+
+
+def test_two_files_of_one_stem(tmp_path):
+    photo(tmp_path / "photos/a.jpg")
+    photo(tmp_path / "photos/a.png")  # a photo, too: no mask holds so many colours
+    text = error(open_set, tmp_path / "photos", masks=False)
+    assert "a.jpg" in text and "a.png" in text and "same stem" in text
+    pairs(tmp_path / "msra", "ab", "{}.jpg", "{}.png")
+    dataset = open_set(tmp_path / "msra", masks=False)
+    assert dataset.names == ["a", "b"] and left_out(dataset)["b.png"] == "taken for a mask"
+    assert open_set(tmp_path / "msra").left_out == []
+
+
+def test_links_in_circles_end(tmp_path):
+    draw(tmp_path / "top/a.jpg")
+    os.symlink(".", tmp_path / "top/again")
+    os.symlink(tmp_path, tmp_path / "top/up")
+    assert open_set(tmp_path / "top", masks=False).names == ["a"]
+    for one, other in ("xy", "yx"):  # two folders that hold each other
+        draw(tmp_path / f"two/{one}/{one}.jpg")
+        os.symlink(tmp_path / "two" / other, tmp_path / "two" / one / "link")
+    assert open_set(tmp_path / "two", masks=False).names == ["x/link/y", "x/x", "y/link/x", "y/y"]
+    (tmp_path / "set").mkdir()  # a link to a folder elsewhere is followed
+    draw(tmp_path / "far/a.jpg")
+    os.symlink(tmp_path / "far", tmp_path / "set/images")
+    assert open_set(tmp_path / "set", masks=False).names == ["a"]
+
+
+@pytest.mark.parametrize("mark", [".lock", "stage1/args.json"])
+def test_run_folders_feed_nothing_back(tmp_path, monkeypatch, mark):
+    draw(tmp_path / "a.jpg")
+    (tmp_path / "runs/x/stage1").mkdir(parents=True)
+    (tmp_path / "runs/x" / mark).write_text("{}")
+    for name in ("a", "b"):
+        draw(tmp_path / f"runs/x/stage1/pred/set/{name}.png", mode="L")
+    monkeypatch.chdir(tmp_path)
+    for dataset in (open_set(".", masks=False), open_photos([Path(".")], "data")):
+        assert dataset.names == ["a"]
+        assert left_out(dataset) == dict.fromkeys(("a.png", "b.png"), "in a run folder")
+    assert open_set("runs/x/stage1/pred/set", masks=False).names == ["a", "b"]  # asked for
+
+
+def test_names_pair_in_every_unicode_form(tmp_path):
+    one, other = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    assert one != other
+    draw(tmp_path / f"images/{one}.jpg")
+    draw(tmp_path / f"masks/{other}.png", 255, mode="L")
+    draw(tmp_path / f"depth/{one}.png", mode="L")
+    (tmp_path / "captions.txt").write_text(f"image,caption\n{other}.jpg,A cup\n", "utf-8")
+    (tmp_path / "list.txt").write_text(f"{other}\n", "utf-8")
+    dataset = open_set(f"{tmp_path}@{tmp_path}/list.txt")
+    assert dataset.names == [one]
+    assert dataset[0]["caption"] == ["A cup"] and dataset[0]["mask"].min() == 255
+    draw(tmp_path / f"images/{other}.jpg")
+    assert "same stem" in error(open_set, tmp_path)
+
+
+def test_sixteen_bit_modalities_are_stretched(tmp_path):
+    draw(tmp_path / "images/a.jpg", size=(60, 40))
+    depth = np.linspace(500, 20_000, 2400).reshape(40, 60).astype(np.uint16)
+    (tmp_path / "depth").mkdir()
+    Image.fromarray(depth).save(tmp_path / "depth/a.png")
+    got = open_set(tmp_path, masks=False)[0]["modality"]
+    assert (got.min(), got.max()) == (1, 255) and len(got.unique()) == 255
+
+
+def test_a_set_tells_the_bytes_of_its_photos(tmp_path):
+    dataset = open_set(pairs(tmp_path / "A", "ab"))
+    size = (tmp_path / "A/images/b.jpg").stat().st_size
+    (tmp_path / "b.txt").write_text("b\n")
+    part = open_set(f"{tmp_path}/A@{tmp_path}/b.txt")
+    assert dataset.bytes(1) == part.bytes(0) == join([part], "x").bytes(0) == size
+    photo(tmp_path / "A/images/b.jpg")  # another photo under the same name
+    assert dataset.bytes(1) > size
+    (tmp_path / "A/images/b.jpg").unlink()
+    assert "b.jpg" in error(dataset.bytes, 1)
+
+
+# ---- Photos to predict ---------------------------------------------------------------------------
+def test_every_photo_is_predicted_whatever_its_folder(tmp_path):
+    for path in ("a.jpg", "label/1.jpg", "images/1.jpg", "masks/1.png", "deep/er/x.y.webp"):
+        draw(tmp_path / path, 9)
+    draw(tmp_path / ".hidden/1.jpg")
+    photos = open_photos(tmp_path, "data")
+    assert sorted(photos.names) == ["a", "deep/er/x.y", "images/1", "label/1", "masks/1"]
+    sample = photos[photos.names.index("masks/1")]
+    assert sample["image"].unique().tolist() == [9] and sample["size"] == (4, 6)
+    assert sample["mask"] is sample["modality"] is sample["caption"] is None
+    assert sample["name"] == "masks/1" and photos.bytes(0) > 0
+
+
+def test_photos_of_several_paths_have_names_of_their_own(tmp_path, monkeypatch):
+    for path in ("a.jpg", "b.jpg", "x/a.jpg", "y/a.jpg", "y/a.png", "y/A.bmp"):
+        draw(tmp_path / path)
+    monkeypatch.chdir(tmp_path)
+
+    def names(*paths):
+        return open_photos([Path(path) for path in paths], "data").names
+
+    assert names("a.jpg") == ["a"] and names("x/a.jpg") == ["a"]
+    assert names("a.jpg", "b.jpg", "a.jpg", tmp_path / "a.jpg") == ["a", "b"]
+    assert names("x/a.jpg", "y/a.jpg") == ["x/a", "y/a"]
+    assert names("x", "b.jpg") == ["x/a", "b"] and names("x") == ["a"]
+    assert names("y") == ["A.bmp", "a.jpg", "a.png"]  # each map has a name of its own
+    assert names("x", "y/../b.jpg", "./x/../a.jpg") == ["x/a", "b", "a"]
+    monkeypatch.chdir(tmp_path / "x")
+    assert names("../a.jpg", "a.jpg") == ["a", "x/a"]
+
+
+def test_maps_are_not_predicted_again(tmp_path):
+    draw(tmp_path / "a.jpg")
+    draw(tmp_path / "predict/a.png")
+    photos = open_photos([tmp_path, tmp_path / "predict/a.png"], "data", tmp_path / "predict")
+    assert photos.names == ["a"] and set(left_out(photos).values()) == {"in the folder of the maps"}
+    text = error(open_photos, [tmp_path / "predict"], "data", tmp_path / "predict")
+    assert "no pictures" in text and "predict" in text
+
+
+def test_pairs_and_registered_sets_are_predicted_as_sets(tmp_path):
+    draw(tmp_path / "images/1.jpg")
+    draw(tmp_path / "depth/1.png", 80, mode="L")
+    photos = open_photos([tmp_path], "data")
+    assert photos.names == ["1"] and photos[0]["modality"].unique().tolist() == [80]
+    assert len(open_photos([Path("shapes-test")], "data")) == 120
+
+
+def test_a_path_to_predict_that_is_not_there_is_named(tmp_path):
+    draw(tmp_path / "a.jpg")
+    for paths in ([tmp_path / "gone.jpg"], [tmp_path / "a.jpg", tmp_path / "gone"], [Path("gone")]):
+        assert "gone" in error(open_photos, paths, "data")
+
+
 # ---- Lists and joint sets --------------------------------------------------------------------
 def test_lists_restrict_by_stem_or_by_clip(tmp_path):
     pairs(tmp_path / "set", "abcd")
@@ -198,6 +435,12 @@ def test_lists_restrict_by_stem_or_by_clip(tmp_path):
     stems.write_text("\n")
     assert "empty" in error(open_set, f"{tmp_path}/set@{stems}")
     assert "gone.txt" in error(open_set, f"{tmp_path}/set@gone.txt")
+
+
+def test_lists_are_cut_at_line_feeds_alone(tmp_path):
+    odd = ["a\x85b", "c\u2028d", "e\x0cf", "g\x1ch"]
+    (tmp_path / "list.txt").write_bytes("\r\n".join(["# odd", *odd, " i.webp "]).encode())
+    assert read_list(tmp_path / "list.txt") == [*odd, "i"]
 
 
 def test_joint_sets_prefix_names(tmp_path):
@@ -394,6 +637,18 @@ def test_checker_states(tmp_path, monkeypatch, capsys):
     assert check("ECSSD", tmp_path)[0] == "broken" and "no mask: b" in check("ECSSD", tmp_path)[2]
     pairs(tmp_path / "ECSSD", "abc")
     assert check("ECSSD", tmp_path) == ("broken", 3, "3 images instead of 2")
+
+
+def test_checker_counts_empty_and_full_masks(tmp_path, capsys):
+    pairs(tmp_path / "A", "abcd")  # a and c are full, b and d empty
+    half = np.array([[0, 0, 0, 255, 255, 255]] * 4, np.uint8)
+    draw(tmp_path / "A/images/e.jpg")
+    Image.fromarray(half).save(tmp_path / "A/masks/e.png")
+    draw(tmp_path / "A/cover.jpg")
+    main([str(tmp_path / "A"), "--deep"])
+    shown, said = capsys.readouterr()
+    assert "2 empty masks, the first: b; 2 full masks, the first: a" in shown
+    assert "present" in shown and "A: 5 pictures; 1 left out: 1 beside the folder" in said
 
 
 def test_checker_command(tmp_path, capsys):
