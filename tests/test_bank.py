@@ -130,11 +130,15 @@ def test_too_large_a_bank_is_a_file_with_the_same_numbers_that_nobody_has_to_del
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which files are mapped")
-def test_a_streamed_bank_lies_on_the_disk(tmp_path):
-    mapped = Bank(Ramps(), 4, CPU, tmp_path, budget=100)
-    assert str(tmp_path) in Path("/proc/self/maps").read_text()
-    del mapped
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+def test_a_streamed_bank_lies_on_the_disk_with_all_its_parts(tmp_path):
+    def mapped_files():
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    # images of 288 bytes and masks of 96, of which each alone would fit
+    bank = Bank(Scenes(), 4, CPU, tmp_path, budget=300, parts=("image", "mask"))
+    assert mapped_files() == 2
+    del bank
+    assert mapped_files() == 0
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
