@@ -720,7 +720,9 @@ def evaluate(stage: int, net: nn.Module, settings: Settings, to_label: ToLabel) 
     return results | harness.evaluate(label, settings, folder, "-label", crf=False)
 
 
-def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, int, nn.Module]:
+def open_checkpoint(
+    path: Path, args: argparse.Namespace
+) -> tuple[argparse.Namespace, int, nn.Module]:
     """The flags that fit a checkpoint, its stage and its network.
 
     A checkpoint of the authors does not tell its stage: --stage does, else it is 2.
@@ -737,26 +739,40 @@ def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, int,
         state = saved["model"]
         fixed = "backbone pixels borders released boundary threshold detector data".split()
         args = flags.saved_flags(args, saved, fixed, free=["size", "sxy", "srgb", "unary"])
-        args = flags.replaced(args, out=args.out or flags.run_of(path, ("stage1", "stage2")))
+        out = flags.out_of(args, path, METHOD, ("stage1", "stage2"))
+        args = flags.replaced(args, out=out)
     args = complete(args)
     net = make_net(stage, args, "none")
     runtime.load_state(net, state, path)
     return args, stage, net
 
 
+def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predictor:
+    """A trained network as a function of Pillow photos; weights: "photos" or a checkpoint.
+
+    sod = load("photos"); saliency = sod(Image.open("photo.jpg"))
+    """
+    args = build_parser().parse_args(["--weights", str(weights), "--device", device])
+    path = flags.checkpoint_of(args, METHOD, "stage2/last.pt")
+    args, stage, net = open_checkpoint(path, flags.replaced(args, eval=[]))
+    settings = flags.settle(args, METHOD, quiet=True)
+    logit = activation_logit if stage == 1 else detector_logit
+    return harness.Predictor(partial(logit, settings.place(net), amp=settings.amp), settings)
+
+
 # ---- Main ----------------------------------------------------------------------------------------
 def use(args: argparse.Namespace) -> None:
     """Evaluate or predict with a checkpoint: that of --weights, or of the run folder."""
-    folder = flags.run_folder(args, METHOD)
-    path = args.weights or folder / f"stage{args.stage or 2}" / "last.pt"
-    args, stage, net = load(path, flags.replaced(args, weights=path))
+    path = flags.checkpoint_of(args, METHOD, f"stage{args.stage or 2}/last.pt")
+    args, stage, net = open_checkpoint(path, flags.replaced(args, weights=path))
     settings = flags.settle(args, METHOD)
     net = settings.place(net)
     results = evaluate(stage, net, settings, label_maker(args))
     harness.save_results(results, settings, settings.out / f"stage{stage}")
     if args.predict:
         logit = activation_logit if stage == 1 else detector_logit
-        harness.predict(partial(logit, net, amp=settings.amp), settings)
+        forward = partial(logit, net, amp=settings.amp)
+        harness.predict(forward, settings, args.overlay, args.skip_existing)
 
 
 def label_maker(args: argparse.Namespace) -> ToLabel:

@@ -23,6 +23,8 @@ from common.datasets import MissingSet, open_set
 from common.runtime import UserError, World, say
 from data.registry import SHAPES
 
+NETWORKS = Path(__file__).parent.parent / "data" / "networks"  # what comes with the project
+
 
 # ---- Flags ---------------------------------------------------------------------------------------
 class Schedule(NamedTuple):
@@ -91,7 +93,10 @@ def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> Non
         "--predict", type=Path, nargs="+", metavar="PATH", help="map photos or folders of them"
     )
     daily.add_argument(
-        "--weights", type=Path, metavar="FILE", help="a checkpoint, for --eval and --predict"
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint, for --eval and --predict; photos: the one that comes with the project",
     )
     daily.add_argument(
         "--eval", nargs="+", metavar="SET", help="sets to score on, spelt like --data"
@@ -173,6 +178,12 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """What is written besides checkpoints and scores."""
     out = parser.add_argument_group("output")
     out.add_argument("--cutout", action="store_true", help="--predict also writes RGBA cut-outs")
+    out.add_argument(
+        "--overlay", action="store_true", help="--predict also writes photos with the object tinted"
+    )
+    out.add_argument(
+        "--skip-existing", action="store_true", help="--predict leaves out photos with a map"
+    )
     out.add_argument("--crf", action="store_true", help="refine predicted maps with the dense CRF")
     out.add_argument(
         "--watch",
@@ -319,8 +330,12 @@ class Settings:
         return self.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def settle(args: argparse.Namespace, method: str, captions: bool = False) -> Settings:
-    """Resolve the device, join torchrun's processes, choose the run folder; print the choices.
+def settle(
+    args: argparse.Namespace, method: str, captions: bool = False, quiet: bool = False
+) -> Settings:
+    """Resolve the device, join torchrun's processes, choose the run folder.
+
+    The choices are printed unless `quiet`.
 
     Raises `UserError` for what would come to light only after hours of training: an --eval set
     that is not there, has no masks (unless `captions` will do), or the name of another.
@@ -335,7 +350,7 @@ def settle(args: argparse.Namespace, method: str, captions: bool = False) -> Set
         raise UserError(
             f"--batch-size {args.batch_size} cannot be split over {world.size} processes"
         )
-    if args.weights and not args.eval and not args.predict:
+    if args.weights and not args.eval and not args.predict and not quiet:
         raise UserError(
             "--weights needs --eval SET or --predict PATH (training goes on with --resume)"
         )
@@ -344,10 +359,11 @@ def settle(args: argparse.Namespace, method: str, captions: bool = False) -> Set
     values = {name: getattr(args, name) for name in names}
     values |= {"out": run_folder(args, method), "device": device, "world": world}
     settings = Settings(method=method, flags=plain_flags(args, device), **values)
-    say(
-        f"device {device} ({reason}), {world.size} process(es), backbone {args.backbone}, "
-        f"{args.size} px, run folder {settings.out}"
-    )
+    if not quiet:
+        say(
+            f"device {device} ({reason}), {world.size} process(es), backbone {args.backbone}, "
+            f"{args.size} px, run folder {settings.out}"
+        )
     return settings
 
 
@@ -373,10 +389,50 @@ def run_folder(args: argparse.Namespace, method: str) -> Path:
     return args.out or Path("runs", f"{method}-{data}{seed}")
 
 
+def checkpoint_of(args: argparse.Namespace, method: str, own: str) -> Path:
+    """The checkpoint that --eval and --predict use.
+
+    own: the method's usual one below a run folder. It is that of --weights ("photos": the network
+    that comes with the project); else of the run that --data or --out name; else, for --predict,
+    the one that comes with the project. Raises `UserError` if that does not exist.
+    """
+    shipped = NETWORKS / f"{method}.pt"
+    asked = str(args.weights) == "photos" and not args.weights.exists()
+    if args.weights and not asked:
+        return args.weights
+    of_run = run_folder(args, method) / own
+    unnamed = args.predict and args.out is None and args.data == "shapes"
+    if not asked and not (unnamed and shipped.exists()):
+        return of_run
+    if not shipped.exists():
+        raise UserError(
+            f"--weights photos: no network of this method comes with the project ({shipped}); "
+            f"train one, or use one of {', '.join(path.stem for path in NETWORKS.glob('*.pt'))}"
+        )
+    if not asked:
+        note = f"; --weights {of_run} is your own" if of_run.exists() else ""
+        say(f"using the network that comes with the project, {shipped}{note}", error=True)
+    return shipped
+
+
 def run_of(checkpoint: Path, stages: Sequence[str]) -> Path:
     """The run folder of <run>/<stage>/last.pt; of a checkpoint copied elsewhere its own folder."""
     folder = checkpoint.parent
     return folder.parent if folder.name in stages else folder
+
+
+def out_of(args: argparse.Namespace, path: Path, method: str, stages: Sequence[str] = ()) -> Path:
+    """Where results of a checkpoint go: --out, else the run folder that it lies in.
+
+    That is <run> of <run>/<stage>/last.pt, of a checkpoint copied elsewhere its own folder, and for
+    the networks that come with the project runs/<method>-photos.
+    """
+    folder = path.parent
+    if path.parent == NETWORKS:
+        folder = Path("runs", f"{method}-photos")
+    elif folder.name in stages:
+        folder = folder.parent
+    return args.out or folder
 
 
 def plain_flags(args: argparse.Namespace, device: torch.device) -> dict:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
@@ -24,8 +25,9 @@ from common import runtime
 from common.bank import Bank
 from common.crf import dense_crf, photo_sxy
 from common.curves import write_curves
-from common.datasets import load_image, open_photos, open_set, report_left_out
+from common.datasets import View, load_image, open_photos, open_set, report_left_out
 from common.flags import Settings
+from common.images import to_tensor
 from common.metrics import Metrics, table, to_uint8
 from common.runtime import UserError, progress, save_json, save_png, save_text, say
 
@@ -71,10 +73,9 @@ def batches_of(
             broken.append(str(error))
 
     # Photos are decoded on all cores while the network works on the batch before.
-    photos = runtime.parallel_map(read, index)
-    for at in progress(range(0, len(index), batch), text):
-        samples = list(islice(photos, min(batch, len(index) - at)))
-        samples = [sample for sample in samples if sample is not None]
+    photos = progress(runtime.parallel_map(read, index), text, len(index))
+    while chunk := list(islice(photos, batch)):
+        samples = [sample for sample in chunk if sample is not None]
         if samples:
             yield samples, stack(samples, settings)
 
@@ -235,25 +236,34 @@ class Watch:
 
 # ---- Prediction ----------------------------------------------------------------------------------
 @torch.inference_mode()
-def predict(forward: Forward, settings: Settings) -> None:
+def predict(
+    forward: Forward, settings: Settings, overlay: bool = False, skip_existing: bool = False
+) -> None:
     """Write <out>/predict/<name>.png (8 bits, the photo's size) for every photo of --predict.
 
-    --cutout adds <name>_cutout.png, RGBA with the map as alpha.
+    --cutout adds <name>_cutout.png, RGBA with the map as alpha; overlay adds <name>_overlay.png.
+    skip_existing: leave out photos whose map is there already.
     Raises `UserError` if two files would have the same name, before anything is written, and, when
     all others are done, if photos could not be read.
     """
     folder = settings.out / "predict"
     photos = open_photos(settings.predict, settings.data_root, skip=folder)
     report_left_out(photos)
-    suffixes = ["", "_cutout"] if settings.cutout else [""]
+    kinds = {"": True, "_cutout": settings.cutout, "_overlay": overlay}
+    suffixes = [suffix for suffix, asked in kinds.items() if asked]
     check_names([name + suffix for name in photos.names for suffix in suffixes])
+    if skip_existing:
+        todo = [i for i, name in enumerate(photos.names) if not (folder / f"{name}.png").exists()]
+        say(f"{len(photos) - len(todo)} of {len(photos)} maps exist already")
+        if not todo:
+            return
+        photos = View([(photos, i, photos.names[i]) for i in todo], photos.title)
 
     def save(pair: tuple[dict, Tensor]) -> None:
         sample, pred = pair
-        save_png(folder / f"{sample['name']}.png", pred)
-        if settings.cutout:
-            rgba = torch.cat([sample["image"], pred[None]]).permute(1, 2, 0)
-            save_png(folder / f"{sample['name']}_cutout.png", rgba)
+        for suffix in suffixes:
+            pixels = VIEWS[suffix](sample["image"], pred)
+            save_png(folder / f"{sample['name']}{suffix}.png", pixels)
 
     broken = []
     maps = final_maps(forward, photos, settings, "predict", settings.crf, broken)
@@ -264,6 +274,49 @@ def predict(forward: Forward, settings: Settings) -> None:
     say(f"wrote {len(photos) - len(broken)} map(s) to {folder}")
     if broken:
         raise UserError(f"{len(broken)} photo(s) could not be read: " + "; ".join(broken))
+
+
+def cutout(image: Tensor, pred: Tensor) -> Tensor:
+    """Photo [3, H, W] and map [H, W], uint8 -> RGBA [H, W, 4], the map as alpha."""
+    return torch.cat([image, pred[None]]).permute(1, 2, 0)
+
+
+def overlaid(image: Tensor, pred: Tensor) -> Tensor:
+    """Photo [3, H, W] and map [H, W], uint8 -> [H, W, 3]: the object tinted, with an outline."""
+    share = 0.45 * pred.float() / 255
+    orange = torch.tensor([255.0, 96.0, 0.0]).view(3, 1, 1)
+    picture = image * (1 - share) + orange * share  # [3, H, W]
+
+    # The outline lies just outside: what a dilation adds to the object.
+    width = max(1, round(max(pred.shape) / 300))
+    inside = (pred > 127).float()[None, None]
+    grown = F.max_pool2d(inside, 2 * width + 1, stride=1, padding=width)
+    outline = (grown > inside)[0, 0]
+    picture[:, outline] = 255.0
+    return picture.round().byte().permute(1, 2, 0)
+
+
+VIEWS = {"": lambda image, pred: pred, "_cutout": cutout, "_overlay": overlaid}
+
+
+class Predictor:
+    """A trained network as a function: a Pillow photo in, its saliency map (mode "L") out."""
+
+    def __init__(self, forward: Forward, settings: Settings):
+        self.forward, self.settings = forward, settings
+
+    @torch.inference_mode()
+    def __call__(self, photo: Image.Image | Sequence[Image.Image]):
+        """The map has the photo's size; a list of photos gives a list of maps.
+
+        The numbers are those that --predict writes.
+        """
+        if not isinstance(photo, Image.Image):
+            return [self(one) for one in photo]
+        image = to_tensor(photo)
+        sample = {"image": image, "size": tuple(image.shape[1:]), "name": "the photo"}
+        logit = self.forward(stack([sample], self.settings))[0]
+        return Image.fromarray(finish(logit, sample, self.settings.crf).numpy())
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -124,8 +124,13 @@ def load_image(
     16-bit grey is divided by 257, unless it would be too dark for a photo, see `eight_bits`.
     at_least: see `read`.
     """
-    image = eight_bits(read(path, at_least), stretch_below).convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return to_tensor(eight_bits(read(path, at_least), stretch_below))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A Pillow picture of any 8-bit mode -> uint8 [3, H, W] without alpha."""
+    pixels = np.array(image.convert("RGB"))  # [H, W, 3]
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def load_modality(path: str | Path) -> torch.Tensor:

@@ -38,8 +38,9 @@ from common.runtime import UserError, say
 # ---- Checkpoints ---------------------------------------------------------------------------------
 # Flags that do not change what is learnt: they may differ between a run and its continuation.
 FREE = {
-    "out", "data_root", "device", "compile", "eval", "watch", "resume", "overwrite", "weights",
-    "stage", "predict", "cutout", "crf", "base", "photos", "deterministic",
+    "out", "data_root", "device", "compile", "deterministic", "eval", "watch", "resume",
+    "overwrite", "weights", "stage", "predict", "cutout", "overlay", "skip_existing", "crf", "base",
+    "photos",
 }  # fmt: skip
 
 

@@ -92,6 +92,15 @@ def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
     assert made.size == (90, 50) and made.mode == "L" and cutout.mode == "RGBA"
     assert np.array_equal(np.asarray(cutout)[..., 3], np.asarray(made))
 
+    # A network in Python gives the numbers of the command line.
+    sod = a2s.load(run / "stage2" / "last.pt", device="cpu")
+    a2s.main(args_of("--predict", photos, "--out", run, "--overlay"))
+    made = [np.asarray(Image.open(run / "predict" / f"{name}.png")) for name in ("wide", "tall")]
+    pictures = [Image.open(photos / "wide.jpg"), Image.open(photos / "tall.jpg")]
+    assert all(np.array_equal(a, b) for a, b in zip(made, sod(pictures)))
+    assert np.array_equal(made[0], sod(pictures[0]))
+    assert Image.open(run / "predict" / "tall_overlay.png").size == (33, 71)
+
     # A checkpoint that was copied elsewhere writes beside itself; a photo is scored sets besides.
     copy = tmp_path / "copy" / "mine.pt"
     copy.parent.mkdir()
@@ -269,7 +278,7 @@ def test_the_unary_of_a_checkpoint_can_be_changed(base):
     for more, unary in (("", "hard"), ("--unary soft", "soft")):
         flags = f"{more} --device cpu --eval shapes-test".split()
         args = a2s.build_parser().parse_args(flags)
-        assert a2s.load(base[0] / "stage1" / "last.pt", args)[0].unary == unary
+        assert a2s.open_checkpoint(base[0] / "stage1" / "last.pt", args)[0].unary == unary
 
 
 @pytest.mark.parametrize(
