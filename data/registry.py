@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-SPLITS = Path(__file__).parent.parent / "data" / "splits"
+SPLITS = Path(__file__).parent / "splits"
 
 
 class Entry(NamedTuple):
@@ -19,14 +19,16 @@ class Entry(NamedTuple):
             or registered names joined with '+'.
     counts: accepted numbers of images; empty where no reliable number is known.
     needs:  what every image must come with.
+    sparse: only some frames are annotated, and the others are left out.
+    step:   keep every step-th frame of DAVSOD's clips, whose names hold "select".
     """
 
     origin: str
     places: str
     counts: tuple[int, ...] = ()
     needs: str = "mask"
-    sparse: bool = False  # only some frames are annotated: leave out the others
-    step: int = 1  # keep every step-th frame of DAVSOD's clips, whose names hold "select"
+    sparse: bool = False
+    step: int = 1
 
 
 REGISTRY = {
@@ -72,7 +74,9 @@ REGISTRY = {
     "COCO-SOD-val": Entry("COCO", "COCO/val2017", sparse=True),
     "Flickr8k": Entry("Flickr8k", "Flickr8k", (8091,), "caption"),
 }
-FAN, LI = "https://github.com/DengPingFan/", "https://chenglongli.cn/Datasets-and-benchmark-code/"
+
+FAN = "https://github.com/DengPingFan/"
+LI = "https://chenglongli.cn/Datasets-and-benchmark-code/"
 SOURCES = {
     "MSRA-B": "https://mmcheng.net/msra10k/",
     "ECSSD": "https://www.cse.cuhk.edu.hk/leojia/projects/hsaliency/dataset.html",
@@ -99,7 +103,7 @@ TERMS = dict.fromkeys(SOURCES, "none stated; cite the paper") | {
 }
 
 # The built-in sets: options of data.shapes.Shapes. Each task has scenes of its own (seed), as the
-# public sets have: joint training is to see more photos, not the same ones again.
+# public sets have, so that joint training sees more photos and not the same ones again.
 SHAPES = {
     "shapes": {},
     "shapes-depth": {"modality": "depth", "seed": 1},
@@ -114,13 +118,12 @@ SHAPES |= {f"{name}-test": {**options, "split": "test"} for name, options in SHA
 
 def read_split(name: str, splits: str) -> list[str]:
     """The stems (or clips) of the given splits ('train,val') in data/splits/<name>.txt."""
-    text = (SPLITS / f"{name}.txt").read_text()
-    return [
-        pattern.replace("*", word)
-        for split, pattern, words in re.findall(r"^(\w+) (\S+): (.+)", text, re.M)
-        if split in splits.split(",")
-        for word in words.split()
-    ]
+    text = (SPLITS / f"{name}.txt").read_text(encoding="utf-8")
+    stems = []
+    for split, pattern, words in re.findall(r"^(\w+) (\S+): (.+)", text, re.MULTILINE):
+        if split in splits.split(","):
+            stems += [pattern.replace("*", word) for word in words.split()]
+    return stems
 
 
 def wrong_count(name: str, images: int) -> str:
