@@ -1,5 +1,7 @@
 """What --predict writes: broken photos, names, folders of its own, overlays; views by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -105,7 +107,7 @@ def test_overlay_by_hand():
 
 
 def test_a_predictor_takes_any_kind_of_photo():
-    sod = harness.Predictor(brightness, settings(None, []))
+    sod = harness.Predictor(brightness, settings(Path("."), []))
     grey = Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20))
     for photo in (grey, grey.convert("RGB"), grey.convert("RGBA"), grey.convert("P")):
         saliency = sod(photo)
