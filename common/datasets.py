@@ -8,8 +8,9 @@
     open_photos([Path("a.jpg"), Path("new")])  every picture of files and folders, for --predict
     python -m common.datasets [--data-root DIR] [--deep] [SET ...]    what is there, is it whole?
 
-Every set is a `torch.utils.data.Dataset` with `names`, `title`, `bytes(index)` and `left_out`, the
-pictures that were found but are no part of it: [(file, reason)]. A sample is a plain dict:
+Every set is a `torch.utils.data.Dataset` with `names`, `title`, `bytes(index)`,
+`photo(index, at_least)` and `left_out`, the pictures that were found but are no part of it:
+[(file, reason)]. A sample is a plain dict:
 
     image     uint8 [3, H, W]             mask      uint8 [1, H, W], 0 or 255, or None
     modality  uint8 [3, H, W] or None     caption   list of all captions (str) or None
@@ -33,6 +34,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
@@ -320,6 +322,10 @@ class Folder(Dataset):
         except OSError as error:
             raise UserError(f"cannot read {path} ({error.strerror})") from None
 
+    def photo(self, index: int, at_least: int) -> Tensor:
+        """The photo alone, uint8 [3, h, w]; a large JPEG may be smaller, see `images.read`."""
+        return load_image(self.files["image"][self.names[index]], at_least=at_least)
+
 
 class Photos(Folder):
     """Pictures without anything that belongs to them: {name: file}."""
@@ -359,6 +365,11 @@ class View(Dataset):
         """The size of the photo's file."""
         dataset, i, _ = self.picks[index]
         return dataset.bytes(i)
+
+    def photo(self, index: int, at_least: int) -> Tensor:
+        """The photo alone, see `Folder.photo`."""
+        dataset, i, _ = self.picks[index]
+        return dataset.photo(i, at_least)
 
 
 def join(parts: Sequence[Dataset], title: str) -> View:

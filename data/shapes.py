@@ -638,6 +638,10 @@ class Shapes(Dataset):
         """The size of the photo's file: a drawn scene has none."""
         return 0
 
+    def photo(self, index: int, at_least: int) -> torch.Tensor:
+        """The picture alone, uint8 [3, H, W]."""
+        return self[index]["image"]
+
     def stream(self, index: int, name: str) -> np.random.Generator:
         """The random numbers of a scene for one of `STREAMS`."""
         if not 0 <= index < len(self):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from common.bank import Bank, MapBank, available_memory, batches, epoch_order, resize
+from common.datasets import open_set
 from common.images import load_image
 from common.runtime import UserError, World
 
@@ -102,14 +103,17 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path):
     picture = Image.fromarray(pixels)
     exif = picture.getexif()
     exif[0x0112] = 6  # a camera that was held upright
-    picture.save(tmp_path / "a.jpg", quality=95, exif=exif)
+    (tmp_path / "photos").mkdir()
+    picture.save(tmp_path / "photos/a.jpg", quality=95, exif=exif)
     picture.save(tmp_path / "a.png")
-    whole = load_image(tmp_path / "a.jpg")
-    small = load_image(tmp_path / "a.jpg", at_least=320)
+    whole = load_image(tmp_path / "photos/a.jpg")
+    small = load_image(tmp_path / "photos/a.jpg", at_least=320)
     assert whole.shape == (3, 2000, 1300) and small.shape == (3, 500, 325)
     difference = resize(whole, 160).float() - resize(small, 160).float()
     assert difference.abs().mean() < 0.5
-    for file, at_least in (("a.jpg", 651), ("a.png", 320)):
+    for spec in (f"{tmp_path}/photos", f"{tmp_path}/photos+shapes-test"):
+        assert torch.equal(open_set(spec, masks=False).photo(0, at_least=320), small)
+    for file, at_least in (("photos/a.jpg", 651), ("a.png", 320)):
         part = load_image(tmp_path / file, at_least=at_least)
         assert torch.equal(part, load_image(tmp_path / file))
 
