@@ -266,7 +266,7 @@ class SEBlock(nn.Module):
         """[B, channels, h, w] -> [B, 64, h, w]"""
         f = F.relu(self.norm(self.conv(e)))  # [B, 64, h, w]
         gate = torch.sigmoid(self.gate(f.mean((2, 3), keepdim=True)))  # [B, 64, 1, 1]
-        return f * gate
+        return (f * gate).to(e.dtype)  # under autocast GroupNorm gives fp32
 
 
 def corner_sign(theta: Tensor) -> Tensor:
@@ -628,6 +628,16 @@ def check_sizes(photos: int, stages: list[int], bn: str, settings: Settings) -> 
         )
 
 
+def make_optimiser(net: nn.Module, decay: float) -> torch.optim.Optimizer:
+    """SGD of what requires a gradient; the encoders of stage 2 learn at a tenth of the rate."""
+    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    others = [p for name, p in trained if not name.startswith("encoders.")]
+    encoders = [p for name, p in trained if name.startswith("encoders.")]
+    groups = [{"params": others, "share": 1.0}, {"params": encoders, "share": 0.1}]
+    fused = others[0].is_cuda  # one kernel for all parameters
+    return torch.optim.SGD(groups, momentum=0.9, weight_decay=decay, fused=fused)
+
+
 def falling_rate(time: float, schedule: Schedule) -> float:
     """Learning rate after `time` epochs, a fraction: it falls linearly to a fifth."""
     return schedule.lr * (1 - 0.8 * time / schedule.epochs)
@@ -680,9 +690,7 @@ def train_cues(
     photos = open_set(settings.data, settings.data_root, masks=False)
     parts = ("image", "modality")
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage1", parts=parts)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    groups = [{"params": trained, "share": 1.0}]
-    optimiser = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)
+    optimiser = make_optimiser(net, decay=5e-4)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
     logit = partial(cue_logit, net, amp=settings.amp)
     watch = harness.Watch(settings, photos)
@@ -704,8 +712,9 @@ def train_cues(
             loss = cue_loss(thetas, guides, p, k, gamma)  # Eq. 13
 
             optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimiser)
+            run.scaler.update()
             run.add(loss=loss)
 
         mirror = harness.mirror(logit, bank)
@@ -733,10 +742,8 @@ def train_detector(
     labels = read_labels(photos.names, folder, settings)
     parts = ("image", "modality")
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage2", parts=parts)
-    others = [p for name, p in net.named_parameters() if not name.startswith("encoders.")]
-    encoders = list(net.encoders.parameters())
-    groups = [{"params": others, "share": 1.0}, {"params": encoders, "share": 0.1}]
-    optimiser = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
+    optimiser = make_optimiser(net, decay=0)
+    learning = False  # whether the encoders do
     net.encoders.requires_grad_(False)
     run = Run(settings, 2, bank, net, optimiser, schedule, labels, "stage2")
     logit = partial(detector_logit, net, amp=settings.amp)
@@ -746,7 +753,8 @@ def train_detector(
         # Not in the paper; released code: in the first of 10 epochs the encoders are frozen, and
         # the labels stay as they are.
         warmed_up = schedule.reached(epoch, 2, PAPER["stage2"].epochs)
-        if warmed_up and not encoders[0].requires_grad:
+        if warmed_up and not learning:
+            learning = True
             net.encoders.requires_grad_(True)
             run.net = settings.world.parallel(net)
         rectifying = warmed_up and spr != [0, 0, 1]
@@ -765,8 +773,9 @@ def train_detector(
             loss = detector_loss(logits, (g > 0.5).float(), kind, aux, released)  # Eq. 15
 
             optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimiser)
+            run.scaler.update()
             run.add(loss=loss)
 
             if rectifying:
