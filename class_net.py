@@ -345,6 +345,7 @@ class CLASSNet(nn.Module):
             f[level] = self.squeeze[level](e)  # [B, 64, h_l, w_l]
         high = {level: bridge(f["5"]) for level, bridge in self.bridge_high.items()}
 
+        # From coarse to fine: attention between F_l and F_h, then fusion with the level above.
         d = {"5": self.refine["5"](f["5"])}
         for level, above in (("4", "5"), ("3", "4"), ("2", "3")):
             f_l = self.bridge[level](f[level])
@@ -465,6 +466,21 @@ def rate(epoch: int, schedule: Schedule) -> float:
     return schedule.lr * (1 - abs(place))
 
 
+def make_optimiser(net: CLASSNet) -> torch.optim.Optimizer:
+    """SGD with two groups of parameters: all others, and the encoder's."""
+    others = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": others}, {"params": net.encoder.parameters()}]
+    fused = others[0].is_cuda  # one kernel for all parameters
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Give the encoder a tenth of the learning rate, all others the whole."""
+    others, encoder = optimiser.param_groups
+    others["lr"] = lr
+    encoder["lr"] = 0.1 * lr
+
+
 def scaled(size: int, elevenths: int) -> int:
     """The side of a rescaled picture, a multiple of 8."""
     return round(size * elevenths / 88) * 8
@@ -501,29 +517,21 @@ def train(
 
     losses, region: see `supervise`. augmentations: any of flip, scale, crop.
     """
+    # What cannot be trained on is refused before anything is trained.
     photos = open_set(settings.data, settings.data_root)
-    least = SCALES[0] if "scale" in augmentations else 11
-    require_batch(net, settings, len(photos), scaled(settings.size, least))
+    least = scaled(settings.size, SCALES[0]) if "scale" in augmentations else settings.size
+    require_batch(net, settings, len(photos), least)
     bank = Bank(photos, settings.size, settings.device, settings.out, parts=("image", "mask"))
     require_masks(bank, settings.data)
-    others = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
-    optimiser = torch.optim.SGD(
-        [{"params": others}, {"params": net.encoder.parameters()}],
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-    )
+
+    optimiser = make_optimiser(net)
     run = Run(settings, 1, bank, net, optimiser, schedule)
     logit = partial(saliency_logit, net, amp=settings.amp)
-    watch = harness.Watch(settings)
+    watch = harness.Watch(settings, photos)
 
     for epoch in run.epochs():
-        # The encoder learns at a tenth of the rate.
         lr = rate(epoch, schedule)
-        of_others, of_encoder = optimiser.param_groups
-        of_others["lr"] = lr
-        of_encoder["lr"] = 0.1 * lr
-
+        set_rate(optimiser, lr)
         random = generator("cpu", settings.seed, "view", epoch)
         for index, flip in run.batches():
             if "flip" not in augmentations:
@@ -537,8 +545,9 @@ def train(
             loss, terms = supervise(logits, g, losses, region)  # Eqs. 14 and 15
 
             optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimiser)
+            run.scaler.update()
             run.add(loss=loss, **terms)
 
         run.end_epoch(lr=lr, **watch(logit, run.picture))
@@ -553,10 +562,11 @@ def require_batch(net: CLASSNet, settings: Settings, photos: int, side: int) -> 
     net.eval()
     deepest = net.encoder(torch.zeros(1, 3, side, side, device=settings.device))[-1]
     batch = min(settings.batch_size, photos) // settings.world.size
-    if batch * deepest.shape[2] * deepest.shape[3] < 2:
+    if batch * deepest.shape[2] * deepest.shape[3] == 1:
         raise UserError(
-            f"one picture of {side} x {side} pixels at a time is too little for BatchNorm: give a "
-            "larger --batch-size, more photos, or a larger --size"
+            f"BatchNorm cannot normalise one photo of {side} x {side} pixels, of which the deepest "
+            "map keeps a single cell: give a larger --size, or at least two photos to a process "
+            "and batch (--batch-size)"
         )
 
 

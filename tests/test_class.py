@@ -1,6 +1,7 @@
 """class_net.py: its network is the released one when asked to be, its losses are the equations."""
 
 import math
+from collections import namedtuple
 
 import pytest
 import recipe
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import class_net
-from common import harness
 from common.backbones import backbone
 from common.bank import crop
-from common.runtime import UserError, load_state, save_checkpoint
+from common.flags import Schedule, plain_flags
+from common.published import class_state
+from common.runtime import UserError, World, generator, load_state
 
 
 def net(name: str = "tiny", **options) -> class_net.CLASSNet:
@@ -30,7 +32,7 @@ def test_all_four_outputs_equal_the_released_network_s():
     he = tuple(description["he_prefixes"])
     state = {key: recipe.weights(key, shape, he) for key, shape in description["keys"]}
     ours = class_net.CLASSNet(backbone("resnet50", "none", "f3net"), released=True).eval()
-    renamed = class_net.from_released(state)
+    renamed = class_state(state)
     load_state(ours, renamed, "recipe")  # strict: every key is accounted for
     assert len(state) - len(renamed) == 7  # level 1's squeeze, never used
     for name, logit in zip(("D2", "up_D3", "up_D4", "up_D5"), ours(recipe.photos("rgb", 128, 128))):
@@ -70,7 +72,7 @@ def test_position_attention_equals_the_explicit_product(released):
     )
     s = torch.softmax(torch.einsum("bci,bcj->bij", f_h, f_l), 2)  # Eq. 1, sum over j
     found = torch.einsum("bij,bcj->bic", s, value)  # Eq. 2
-    found = found.reshape(2, 64, 3, 4) if released else found.mT.reshape(2, 64, 3, 4)
+    found = found.reshape(2, 64, 3, 4) if released else found.transpose(1, 2).reshape(2, 64, 3, 4)
     assert torch.allclose(attention(high, low), 0.7 * found + high, atol=1e-5)
 
 
@@ -117,23 +119,22 @@ def test_energies_beyond_half_precision_stay_finite():
 @torch.no_grad()
 def test_attention_starts_as_the_identity_and_then_matters():
     torch.manual_seed(0)
-    ours, without = net(), net(attention=())
-    load_state(
-        without,
-        {
-            key: value
-            for key, value in ours.state_dict().items()
-            if not key.startswith(("position", "channel"))
-        },
-        "ours",
-    )
+    ours = net()
+    without = net(attention=())
+    state = ours.state_dict()
+    shared = {key: state[key] for key in without.state_dict()}
+    assert all(key.startswith(("position", "channel")) for key in state.keys() - shared.keys())
+    load_state(without, shared, "ours")
     image = torch.rand(1, 3, 64, 64)
     before = ours(image)[0]
     assert torch.equal(before, without(image)[0])
-    for part in (ours.position, ours.channel):
-        for module in part.values():
-            torch.nn.init.constant_(getattr(module, "alpha", getattr(module, "beta", None)), 1.0)
-    assert (ours(image)[0] - before).abs().max() > 1e-3
+    for module in ours.position.values():
+        torch.nn.init.ones_(module.alpha)
+    between = ours(image)[0]
+    for module in ours.channel.values():
+        torch.nn.init.ones_(module.beta)
+    assert (between - before).abs().max() > 1e-4
+    assert (ours(image)[0] - between).abs().max() > 1e-4
 
 
 # ---- Network -------------------------------------------------------------------------------------
@@ -154,23 +155,17 @@ def test_odd_sizes_and_vgg_s_other_taps():
 
 
 def test_table_2_s_rows_are_different_networks():
-    sizes = {
-        row: count(net(**options))
-        for row, options in {
-            "4": {"attention": (), "fusion": "sum"},
-            "5": {"attention": ()},
-            "6": {"fusion": "sum"},
-            "7": {"attention": ("channel",)},
-            "8": {"attention": ("position",)},
-            "10": {},
-            "3": {"attention": (), "fusion": "sum", "outputs": 1},
-        }.items()
-    }
-    position, fusion, head = 3 * (3 * (64 * 64 + 64) + 1), 3 * (12352 + 128 + 2 * 36992 + 64), 577
-    base = sizes["4"]
-    assert sizes["5"] == base + fusion and sizes["6"] == base + position + 3
-    assert sizes["7"] == base + fusion + 3 and sizes["8"] == base + fusion + position
-    assert sizes["10"] == base + fusion + position + 3 and sizes["3"] == base - 3 * head
+    base = count(net(attention=(), fusion="sum"))  # row 4
+    position = 3 * (3 * (64 * 64 + 64) + 1)
+    channel = 3
+    fusion = 3 * (12352 + 128 + 2 * 36992 + 64)
+    head = 577
+    assert count(net(attention=(), fusion="sum", outputs=1)) == base - 3 * head  # row 3
+    assert count(net(attention=())) == base + fusion  # row 5
+    assert count(net(fusion="sum")) == base + position + channel  # row 6
+    assert count(net(attention=("channel",))) == base + fusion + channel  # row 7
+    assert count(net(attention=("position",))) == base + fusion + position  # row 8
+    assert count(net()) == base + fusion + position + channel  # row 10
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -241,19 +236,27 @@ def test_the_two_region_losses_differ_as_the_released_one_grows_with_the_picture
 
 
 def test_supervision_adds_terms_and_halves_deeper_outputs():
-    g, y = recipe.disk((1, 1, 32, 32)), recipe.logits("x", (1, 1, 32, 32))
-    terms = [class_net.pixel_loss(y, g), class_net.region_loss(y, g), class_net.object_loss(y, g)]
-    total, first = class_net.supervise([y], g, list(class_net.LOSSES))
-    assert torch.allclose(total, sum(terms)) and torch.allclose(first, torch.stack(terms))
-    total, _ = class_net.supervise([y, y, y, y], g, list(class_net.LOSSES))
-    assert total.item() == pytest.approx(1.875 * sum(terms).item(), rel=1e-5)
+    g = recipe.disk((1, 1, 32, 32))
+    logits = [recipe.logits(name, (1, 1, 32, 32)) for name in ("x", "y", "z", "t")]
+    losses = ["pixel", "region", "object"]
+    terms = [[class_net.LOSSES[name](y, g) for name in losses] for y in logits]
+    total, first = class_net.supervise(logits[:1], g, losses)
+    assert total.item() == pytest.approx(sum(terms[0]).item(), rel=1e-6)
+    assert list(first) == losses and list(first.values()) == terms[0]
+    total, first = class_net.supervise(logits, g, losses)
+    sums = [sum(row).item() for row in terms]
+    want = sums[0] + sums[1] / 2 + sums[2] / 4 + sums[3] / 8
+    assert total.item() == pytest.approx(want, rel=1e-6) and list(first.values()) == terms[0]
+    _, first = class_net.supervise(logits[:1], g, ["region"], region="released")
+    assert first["region"] == class_net.released_region_loss(logits[0], g)
 
 
 def test_each_loss_term_changes_the_gradient():
-    g, gradients = recipe.disk((1, 1, 32, 32)), []
-    for losses in (["pixel"], ["pixel", "region"], ["pixel", "object"], list(class_net.LOSSES)):
+    g = recipe.disk((1, 1, 32, 32))
+    gradients = []
+    for losses in ("pixel", "pixel region", "pixel object", "pixel region object"):
         y = recipe.logits("x", (1, 1, 32, 32)).requires_grad_()
-        class_net.supervise([y], g, losses)[0].backward()
+        class_net.supervise([y], g, losses.split())[0].backward()
         gradients.append(y.grad)
     for a in range(4):
         for b in range(a):
@@ -263,7 +266,8 @@ def test_each_loss_term_changes_the_gradient():
 # ---- Training ------------------------------------------------------------------------------------
 def test_the_rate_rises_and_falls_in_a_straight_line():
     """Epochs 0, 49, 50, 99 of 100, counted from 0."""
-    rates = [class_net.rate(epoch + 1, 100, 0.05) for epoch in (0, 49, 50, 99)]
+    schedule = Schedule(epochs=100, lr=0.05)
+    rates = [class_net.rate(epoch + 1, schedule) for epoch in (0, 49, 50, 99)]
     assert rates == pytest.approx([0.00099, 0.0495, 0.0495, 0.00099], rel=1e-2)
     assert rates[0] == pytest.approx(0.05 * 2 / 101) and rates[1] == pytest.approx(0.05 * 100 / 101)
 
@@ -286,21 +290,84 @@ def test_crop_cuts_where_it_is_told_to():
         )
 
 
+def random(seed: int = 0) -> torch.Generator:
+    return generator("cpu", seed)
+
+
+def test_augmenting_with_nothing_changes_nothing():
+    image = torch.rand(2, 3, 64, 64)
+    g = torch.rand(2, 1, 64, 64)
+    same_image, same_g = class_net.augment(image, g, ["flip"], 2, slice(0, 2), random())
+    assert torch.allclose(image, same_image, atol=1e-5) and torch.allclose(g, same_g, atol=1e-5)
+
+
+def test_scales_are_the_five_of_the_paper():
+    """352 pixels are the largest; all five occur, for image and mask together."""
+    sides = set()
+    random_numbers = random()
+    for _ in range(40):
+        image, g = class_net.augment(
+            torch.rand(1, 3, 352, 352), torch.rand(1, 1, 352, 352), ["scale"], 1, slice(0, 1),
+            random_numbers,
+        )  # fmt: skip
+        assert image.shape[2:] == g.shape[2:]
+        sides.add(image.shape[-1])
+    assert sides == {224, 256, 288, 320, 352}
+
+
+def test_image_and_mask_are_cropped_alike_and_every_process_gets_its_part():
+    ramp = torch.arange(64.0).expand(4, 1, 64, 64)
+    kinds = ["scale", "crop"]
+    image, g = class_net.augment(ramp.expand(4, 3, 64, 64), ramp, kinds, 4, slice(0, 4), random())
+    assert torch.equal(image[:, :1], g)
+    shares = g[:, 0, 0, -1] - g[:, 0, 0, 0]
+    assert (shares < 64).all() and (shares > 64 * 0.875 - 4).all() and len(shares.unique()) == 4
+    for rank in (0, 1):
+        mine = slice(2 * rank, 2 * rank + 2)
+        _, part = class_net.augment(
+            ramp[mine].expand(2, 3, 64, 64), ramp[mine], kinds, 4, mine, random()
+        )
+        assert torch.equal(part, g[mine])
+
+
+def test_batchnorm_needs_two_values():
+    """VGG-16 pools 40 pixels to one cell; its layers before the poolings keep two by two.
+
+    More processes than photos are told elsewhere.
+    """
+    settings = namedtuple("Settings", "device batch_size world")
+    cpu = torch.device("cpu")
+    vgg = class_net.CLASSNet(backbone("vgg16", "none"))
+    for batch, photos, size, side, enough in (
+        (1, 9, 1, 40, False), (1, 9, 1, 64, True), (2, 9, 1, 40, True), (2, 1, 1, 40, False),
+        (2, 9, 2, 40, False), (4, 9, 2, 40, True), (2, 1, 2, 40, True),
+    ):  # fmt: skip
+        here = settings(cpu, batch, World(0, size))
+        if enough:
+            class_net.require_batch(vgg, here, photos, side)
+        else:
+            with pytest.raises(UserError, match="40 x 40 pixels"):
+                class_net.require_batch(vgg, here, photos, side)
+    vgg.encoder.before_pooling = True
+    class_net.require_batch(vgg, settings(cpu, 1, World()), 9, 40)
+
+
 # ---- Flags ---------------------------------------------------------------------------------------
-def flags(*given: str):
-    args = class_net.build_parser().parse_args(["--data", "photos", *given])
-    class_net.fill_defaults(args)
-    return args
+def flags(given: str = ""):
+    """The flags for a folder of photos, completed."""
+    args = class_net.build_parser().parse_args(["--data", "photos", *given.split()])
+    return class_net.complete(args)
 
 
 def test_released_is_the_authors_loss_loader_and_pixels_unless_told_otherwise():
-    usual, released = flags(), flags("--released")
+    usual = flags()
     assert (usual.region, usual.augment, usual.pixels) == ("paper", ["flip", "scale"], "imagenet")
+    assert (usual.batch_size, usual.size, usual.stage1) == (32, 352, Schedule(100, 0.05))
+    released = flags("--released")
     assert (released.region, released.pixels) == ("released", "f3net")
     assert released.augment == ["flip", "scale", "crop"]
-    mixed = flags("--released", "--region", "paper", "--augment", "flip", "--pixels", "unit")
+    mixed = flags("--released --region paper --augment flip --pixels unit")
     assert (mixed.region, mixed.augment, mixed.pixels) == ("paper", ["flip"], "unit")
-    assert (usual.lr, usual.batch_size, usual.epochs, usual.size) == (0.05, 32, 100, 352)
 
 
 @pytest.mark.parametrize(
@@ -308,49 +375,38 @@ def test_released_is_the_authors_loss_loader_and_pixels_unless_told_otherwise():
 )
 def test_weights_follow_the_backbone_on_photos_and_on_shapes(backbone, weights):
     for data in ("photos", "shapes"):
-        assert flags("--data", data, "--backbone", backbone).backbone_weights == weights
-    assert flags("--backbone", backbone, "--backbone-weights", "none").backbone_weights == "none"
+        assert flags(f"--data {data} --backbone {backbone}").backbone_weights == weights
+    assert flags(f"--backbone {backbone} --backbone-weights none").backbone_weights == "none"
+
+
+def test_completing_leaves_the_flags_as_they_were():
+    args = class_net.build_parser().parse_args(["--released"])
+    before = dict(vars(args))
+    class_net.complete(args)
+    assert vars(args) == before and args.augment is None
 
 
 def test_impossible_flags_are_refused():
     with pytest.raises(UserError, match="--vgg-taps conv is for vgg16; resnet50"):
-        flags("--vgg-taps", "conv")
+        flags("--vgg-taps conv")
     with pytest.raises(UserError, match="at least 64"):
-        flags("--size", "32")
+        flags("--size 32")
 
 
 def test_a_checkpoint_brings_its_flags_along(tmp_path):
     """Also those without which the keys would fit as well."""
     made = flags(
-        "--backbone",
-        "vgg16",
-        "--backbone-weights",
-        "none",
-        "--vgg-taps",
-        "conv",
-        "--pixels",
-        "unit",
-        "--fusion",
-        "sum",
-        "--attention",
-        "channel",
-        "--size",
-        "64",
+        "--backbone vgg16 --backbone-weights none --vgg-taps conv --pixels unit --fusion sum "
+        "--attention channel --size 64"
     )
-    made.device = torch.device("cpu")
     state = class_net.make_net(made, "none").state_dict()
-    save_checkpoint(
-        tmp_path / "last.pt",
-        method="class_net",
-        stage=1,
-        epoch=1,
-        model=state,
-        args=harness.plain_flags(made, []),
-        optimiser={},
-        labels=None,
-    )
-    args = class_net.build_parser().parse_args(["--device", "cpu"])
-    ours = class_net.load(tmp_path / "last.pt", args)
-    assert ours.encoder.before_pooling and args.size == 64 and ours.encoder.std.flatten()[0] == 1
+    saved = {"method": "class_net", "stage": 1, "epoch": 1, "model": state}
+    saved["args"] = plain_flags(made, torch.device("cpu"))
+    torch.save(saved, tmp_path / "last.pt")
+
+    given = class_net.build_parser().parse_args("--eval shapes-test".split())
+    args, ours = class_net.load(tmp_path / "last.pt", given)
+    assert args.size == 64 and args.out == tmp_path and args.eval == ["shapes-test"]
+    assert ours.encoder.before_pooling and ours.encoder.std.flatten()[0] == 1
     assert ours.attention == ("channel",)
     assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())

@@ -159,7 +159,7 @@ def only_training(monkeypatch):
     """Leave out scores and pictures, which these tests do not look at."""
     monkeypatch.setattr(class_net, "evaluate", lambda net, settings: None)
     monkeypatch.setattr(harness, "gallery", lambda columns, settings: None)
-    monkeypatch.setattr(harness, "Watch", lambda settings: lambda logit, picture: {})
+    monkeypatch.setattr(harness, "Watch", lambda settings, photos: lambda logit, picture: {})
 
 
 def test_every_flag_changes_the_result(base, small, tmp_path, only_training):
