@@ -988,7 +988,9 @@ def evaluate(
     return results | harness.evaluate(label, settings, folder, f"-label{row}", crf=False)
 
 
-def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, int, nn.Module]:
+def open_checkpoint(
+    path: Path, args: argparse.Namespace
+) -> tuple[argparse.Namespace, int, nn.Module]:
     """The flags that fit a checkpoint, ours or the authors', its stage and its network."""
     saved = runtime.torch_load(path)
     if "method" not in saved and any(key.startswith("decoder.") for key in saved):
@@ -1006,7 +1008,8 @@ def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, int,
         stage = saved["stage"]
         state = saved["model"]
         args = flags.saved_flags(args, saved, FIXED, FREE)
-        args = flags.replaced(args, out=args.out or flags.run_of(path, ("stage1", "stage2")))
+        out = flags.out_of(args, path, METHOD, ("stage1", "stage2"))
+        args = flags.replaced(args, out=out)
     args = complete(args)
     adapter = any(key.startswith("adapter.") for key in state)
     net = make_net(stage, args, "none", adapter)
@@ -1014,22 +1017,35 @@ def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, int,
     return args, stage, net
 
 
+def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predictor:
+    """A trained network as a function of Pillow photos; weights: "photos" or a checkpoint.
+
+    sod = load("run/stage2/last.pt"); saliency = sod(Image.open("photo.jpg"))
+    """
+    args = build_parser().parse_args(["--weights", str(weights), "--device", device])
+    path = flags.checkpoint_of(args, METHOD, "stage2/last.pt")
+    args, stage, net = open_checkpoint(path, flags.replaced(args, eval=[]))
+    settings = flags.settle(args, METHOD, quiet=True)
+    logit = cue_logit if stage == 1 else detector_logit
+    return harness.Predictor(partial(logit, settings.place(net), amp=settings.amp), settings)
+
+
 # ---- Main ----------------------------------------------------------------------------------------
 def use(args: argparse.Namespace) -> None:
     """Evaluate or predict with a checkpoint: that of --weights, or of the run folder."""
-    folder = flags.run_folder(args, METHOD)
     if args.transfer:
-        folder = target_folder(folder, args.transfer)
+        folder = target_folder(flags.run_folder(args, METHOD), args.transfer)
         args = flags.replaced(args, out=folder)
-    path = args.weights or folder / f"stage{args.stage or 2}" / "last.pt"
-    args, stage, net = load(path, flags.replaced(args, weights=path))
+    path = flags.checkpoint_of(args, METHOD, f"stage{args.stage or 2}/last.pt")
+    args, stage, net = open_checkpoint(path, flags.replaced(args, weights=path))
     settings = flags.settle(args, METHOD)
     net = settings.place(net)
     results = evaluate(stage, net, settings, label_maker(args))
     harness.save_results(results, settings, settings.out / f"stage{stage}")
     if args.predict:
         logit = cue_logit if stage == 1 else detector_logit
-        harness.predict(partial(logit, net, amp=settings.amp), settings)
+        forward = partial(logit, net, amp=settings.amp)
+        harness.predict(forward, settings, args.overlay, args.skip_existing)
 
 
 def label_maker(args: argparse.Namespace) -> ToLabel:
@@ -1069,7 +1085,7 @@ def main(argv: list[str] | None = None) -> None:
     scales = args.multi_scale == "on"
     if args.transfer:
         for stage in (1, 2):
-            _, _, net = load(args.base / f"stage{stage}" / "last.pt", args)
+            _, _, net = open_checkpoint(args.base / f"stage{stage}" / "last.pt", args)
             net = settings.place(net)
             results |= evaluate(stage, net, settings, to_label, "-zero-shot")
         harness.save_results(results, settings, settings.out / "zero-shot")
