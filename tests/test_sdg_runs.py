@@ -1,7 +1,10 @@
 """sdg_sod.py as its users run it: every mode, every flag, interruption, processes, bad input."""
 
+import contextlib
 import dataclasses
+import io
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,6 @@ from helpers import (
     ROOT,
     TWO_PROCESSES,
     last,
-    run_script,
     same,
     small_flags,
     write_lists,
@@ -26,7 +28,7 @@ from PIL import Image
 
 import sdg_sod
 from common import flags as common_flags
-from common import published, runtime
+from common import harness, published, runtime
 from common.backbones import backbone
 from common.bank import Bank
 from common.datasets import open_set
@@ -47,19 +49,20 @@ def flags(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(flags, tmp_path_factory):
-    """A finished run of all stages, made by the program, and what it printed."""
+    """A finished run of all stages, and what it printed."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    done = run_script("sdg_sod.py", *flags, "--out", folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(*flags, "--out", folder)
+    return folder, printed.getvalue()
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Train without evaluating afterwards."""
+    """Train without evaluating, neither afterwards nor after every epoch."""
     monkeypatch.setattr(sdg_sod, "evaluate", lambda *_: {})
     monkeypatch.setattr(sdg_sod, "study", lambda *_: None)
     monkeypatch.setattr(sdg_sod, "study_maps", lambda *_: None)
+    monkeypatch.setattr(harness, "Watch", lambda settings: lambda *_: {})
 
 
 def main(*flags) -> None:
@@ -179,8 +182,8 @@ def test_predictions_have_the_photo_s_size_and_words_can_be_drawn(base, tmp_path
     assert Image.open(tmp_path / "sod" / "predict" / "tall.png").size == (33, 71)
 
 
-def test_each_stage_is_judged_by_the_sets_that_can_judge_it(base, flags, tmp_path):
-    """One set has captions alone, another masks alone, the third neither."""
+def test_each_stage_is_judged_by_the_sets_that_can_judge_it(base, flags, tmp_path, capsys):
+    """One set has captions alone, the other masks alone; a dry run does two steps of all."""
     folder, _ = base
     lines = []
     for stem in ("one", "two"):
@@ -196,7 +199,9 @@ def test_each_stage_is_judged_by_the_sets_that_can_judge_it(base, flags, tmp_pat
     root = ["--data-root", tmp_path]
     sets = ["--eval", "Flickr8k", tmp_path / "masked", *root]
     run = tmp_path / "run"
-    main(*flags[:2], *flags[4:], *sets, "--dry-run", "--out", run)
+    main(*flags[:2], *flags[4:], *sets, *"--dry-run --batch-size 2 --out".split(), run)
+    progress = capsys.readouterr().err
+    assert all(f"{stage} epoch {epoch}: 2 in" in progress for stage in STAGES for epoch in (1, 2))
     results = json.loads((run / "guide" / "eval.json").read_text())
     assert list(results) == ["masked-sod", "masked-control", "masked-guide"]
     assert Image.open(run / "gallery.png").size == (5 * 160, 160)
@@ -270,11 +275,6 @@ def test_virtex_s_checkpoint_describes_photos_in_a_folder_of_its_own(tmp_path, m
     assert said[1] == [f"p{int(word) - 3}" for word in said[0]]
     made = [path.name for path in Path("runs/sdg_sod-released/predict").iterdir()]
     assert made == ["photo_words.png"] and not Path("downloads/predict").exists()
-
-
-def test_dry_run_does_two_steps_of_everything(flags, tmp_path):
-    main(*flags, "--dry-run", "--batch-size", 2, "--epochs", 1, "--out", tmp_path / "run")
-    assert (tmp_path / "run" / "guide" / "eval.json").exists()
 
 
 # ---- Maps that guide -----------------------------------------------------------------------------
@@ -424,7 +424,14 @@ def test_the_beam_changes_the_guidance(base, flags, tmp_path, quick):
     runtime.save_checkpoint(tmp_path / "unsure.pt", **saved)
     files = f"--sod {folder}/sod/last.pt --captioner {tmp_path}/unsure.pt".split()
     for beam in ("1", "2"):
-        main(*flags, *files, "--stage", "guide", "--beam", beam, "--out", tmp_path / beam)
+        main(
+            *flags,
+            *files,
+            *"--epochs 1 --stage guide --beam".split(),
+            beam,
+            "--out",
+            tmp_path / beam,
+        )
     assert not same(last(tmp_path / "1", "guide"), last(tmp_path / "2", "guide"))
 
 
@@ -494,7 +501,9 @@ def main():
 
 sdg_sod.runtime.cli(main)  # leaves the group, without which a process may abort at its end
 """
-PLAIN = "--decoder literal --crop 0 --captioner"  # no statistics of half a batch, no chance
+PLAIN = (
+    "--epochs 1 --decoder literal --crop 0 --captioner"  # no statistics of half a batch, no chance
+)
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +513,8 @@ def two(base, flags, tmp_path_factory):
     made = tmp_path_factory.mktemp("two")
     (made / "driver.py").write_text(DRIVER)
     plain = [*flags, *PLAIN.split(), folder / "caption" / "last.pt", "--out", made / "plain"]
-    words = [*TWO_PROCESSES, made / "driver.py", *flags, "--out", made / "run", "THEN", *plain]
+    default = [*flags, "--epochs", 1, "--out", made / "run"]
+    words = [*TWO_PROCESSES, made / "driver.py", *default, "THEN", *plain]
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -550,9 +560,11 @@ def test_two_processes_equal_one_without_batchnorm_and_chance(
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
-def test_a_problem_is_one_line_on_the_terminal():
+def test_a_problem_is_one_line_on_the_terminal(monkeypatch):
+    words = "sdg_sod.py --data DUTSTR --stage sod --device cpu".split()
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
-        runtime.cli(lambda: main(*"--data DUTSTR --stage sod --device cpu".split()))
+        runpy.run_path(str(ROOT / "sdg_sod.py"), run_name="__main__")
     sentence = ended.value.code
     assert sentence.startswith("error: ") and "DUTS-TR" in sentence and "\n" not in sentence
 
