@@ -413,21 +413,21 @@ class Fusion(nn.Module):
 
 
 class Detector(nn.Module):
-    """Stage 2, the SD: MIDD, two encoders and two chains that decode photo and modality together.
+    r"""Stage 2, the SD: MIDD, two encoders and two chains that decode photo and modality together.
 
     P1 ... P5 and M1 ... M5 are the levels of photo and modality, C is the global map of P5 and M5.
-    a4 ... a1 and b4 ... b1 are made by a `Fusion` each, from the two maps on its left, the level
-    above or below it, and C:
+    A `Fusion` makes each of a4 ... a1 and b4 ... b1: of the two maps on its left, of the level
+    above or below it, and of C.
 
-        photo            P5     P4        P3        P2        P1
+        photo        P5         P4        P3        P2        P1
                                  |         |         |         |
         chain 1      C, M5 ---> a4 -----> a3 -----> a2 -----> a1 --> head 1
-                                    \\ /       \\ /       \\ /    \\
-                                     X         X         X      +--> head 0: S
-                                    / \\       / \\       / \\    /
+                                   \ /       \ /       \ /       \
+                                    X         X         X         +--> head 0: S
+                                   / \       / \       / \       /
         chain 2      C, P5 ---> b4 -----> b3 -----> b2 -----> b1 --> head 2
                                  |         |         |         |
-        modality         M5     M4        M3        M2        M1          C --> head 3
+        modality     M5         M4        M3        M2        M1           C --> head 3
 
     width: share of MIDD's channels.
     """
