@@ -597,7 +597,7 @@ def evaluate(net: CLASSNet, settings: Settings) -> None:
     harness.save_results(results, settings, settings.out)
 
 
-def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, CLASSNet]:
+def open_checkpoint(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, CLASSNet]:
     """The flags that fit a checkpoint, ours or the authors', and its network."""
     saved = runtime.torch_load(path)
     if "method" not in saved and "supervision1.weight" in saved:
@@ -609,23 +609,37 @@ def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, CLAS
         state = saved["model"]
         fixed = "backbone pixels borders released attention fusion outputs vgg_taps bn data".split()
         args = flags.saved_flags(args, saved, fixed, free=["size"])
-        args = flags.replaced(args, out=args.out or path.parent)
+        args = flags.replaced(args, out=flags.out_of(args, path, METHOD))
     args = complete(args)
     net = make_net(args, "none")
     runtime.load_state(net, state, path)
     return args, net
 
 
+def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predictor:
+    """A trained network as a function of Pillow photos; weights: "photos" or a checkpoint.
+
+    sod = load("photos"); saliency = sod(Image.open("photo.jpg"))
+    """
+    args = build_parser().parse_args(["--weights", str(weights), "--device", device])
+    path = flags.checkpoint_of(args, METHOD, "last.pt")
+    args, net = open_checkpoint(path, flags.replaced(args, eval=[]))
+    settings = flags.settle(args, METHOD, quiet=True)
+    logit = partial(saliency_logit, settings.place(net), amp=settings.amp)
+    return harness.Predictor(logit, settings)
+
+
 # ---- Main ----------------------------------------------------------------------------------------
 def use(args: argparse.Namespace) -> None:
     """Evaluate or predict with a checkpoint: that of --weights, or of the run folder."""
-    path = args.weights or flags.run_folder(args, METHOD) / "last.pt"
-    args, net = load(path, flags.replaced(args, weights=path))
+    path = flags.checkpoint_of(args, METHOD, "last.pt")
+    args, net = open_checkpoint(path, flags.replaced(args, weights=path))
     settings = flags.settle(args, METHOD)
     net = settings.place(net, channels_last=True)
     evaluate(net, settings)
     if args.predict:
-        harness.predict(partial(saliency_logit, net, amp=settings.amp), settings)
+        logit = partial(saliency_logit, net, amp=settings.amp)
+        harness.predict(logit, settings, args.overlay, args.skip_existing)
 
 
 def main(argv: list[str] | None = None) -> None:
