@@ -1,12 +1,15 @@
-"""Dense CRF: time against pydensecrf in turns, accuracy, other sparse products, speed on CUDA.
+"""Dense CRF: processor time beside pydensecrf, accuracy, other sparse products, speed on CUDA.
 
-    python tests/benchmarks/bench_crf.py [--images FOLDER] [--masks FOLDER] [--rounds 7]
+    pip install pydensecrf2                                            # for this benchmark alone
+    python tests/benchmarks/bench_crf.py [--images FOLDER] [--masks FOLDER] [--threads 2]
     python tests/benchmarks/bench_crf.py --large
 
-Time: 320 x 320, 10 iterations, building the filters included. Each round runs both programs in
-turn, so that a busy machine slows both, and the table shows the median of the ratios. pydensecrf
-uses one thread in any case. Without it the other program is the exact sum, at the size of the
-reference images, as it is slow. Two threads mean nothing unless two cores are idle.
+Time: 320 x 320, 10 iterations, building the filters included, one thread. Each round runs both
+programs in turn; what is counted is processor time, see turns.py. Printed are the fewest
+milliseconds of all rounds, the ratio of these, and the ratio of the medians, each for the median
+photo. Without pydensecrf the other program is the exact sum, at the size of the reference images,
+as it is slow. --threads also prints ratios of wall-clock time with several threads for ours;
+pydensecrf uses one in any case. They need an idle machine.
 The sparse products W v and W^T v of common/crf.py are timed beside other ways to write them.
 Images: photos from a folder, else those of tests/reference/crf.npz, enlarged.
 Accuracy: mean absolute difference to the exact sums in float64, at half of the usual sxy, of the
@@ -15,6 +18,7 @@ at 160 pixels along the longer side, whose masks are shrunk to 10 to 40 cells an
 """
 
 import argparse
+import os
 import resource
 import statistics
 import sys
@@ -27,6 +31,9 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from turns import processor_ms, turns  # noqa: E402
+
 from common.crf import (  # noqa: E402
     Pixels,
     colour_grid,
@@ -36,7 +43,7 @@ from common.crf import (  # noqa: E402
     photo_sxy,
     space_functions,
 )
-from common.datasets import load_image, load_mask  # noqa: E402
+from common.images import load_image, load_mask  # noqa: E402
 from common.metrics import find_images  # noqa: E402
 
 try:
@@ -104,21 +111,50 @@ def seconds(function, *arguments):
     return time.perf_counter() - start
 
 
+def processor_seconds(function, *arguments):
+    return processor_ms(function, *arguments) / 1000
+
+
 def time_cpu(cases, other, rounds):
-    print(f"{'setting':8}{'threads':>8}{'ours ms':>10}{'other ms':>10}{'ratio':>8}{'stride 2':>10}")
+    """Processor time on one thread: ours, the other program, ours with stride 2."""
+    torch.set_num_threads(1)
+    print(f"load of the machine {os.getloadavg()[0]:.1f}")
+    print(
+        f"{'processor time':16}{'ours ms':>9}{'other ms':>10}{'of minima':>11}{'of medians':>11}",
+        end="",
+    )
+    print(f"{'stride 2':>10}")
     for name, settings in SETTINGS.items():
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            times = []
-            for image, prob in cases:
-                unary = prob if name == "prob" else hard_unary(prob > 0.5)
-                for turn in range(rounds + 1):  # the first one only warms up
-                    row = [seconds(f, image, unary, *settings) for f in (dense_crf, other)]
-                    row.append(seconds(lambda: dense_crf(image, unary, *settings, stride=2)))
-                    times += [row] if turn else []
-            ours, theirs = (1000 * statistics.median(t[k] for t in times) for k in (0, 1))
-            ratio, strided = (statistics.median(t[k] / t[1] for t in times) for k in (0, 2))
-            print(f"{name:8}{threads:8}{ours:10.1f}{theirs:10.1f}{ratio:8.2f}{strided:10.2f}")
+        items = [
+            (image, prob if name == "prob" else hard_unary(prob > 0.5), *settings)
+            for image, prob in cases
+        ]
+
+        def strided(*item):
+            dense_crf(*item, stride=2)
+
+        spent = turns([dense_crf, other, strided], items, rounds)  # [3, rounds, photos]
+        ours, theirs, fast = np.median(spent.min(1), 1)
+        ratio = np.median(np.median(spent[0], 0) / np.median(spent[1], 0))
+        print(
+            f"{name:16}{ours:9.1f}{theirs:10.1f}{ours / theirs:11.2f}{ratio:11.2f}"
+            f"{fast / theirs:10.2f}"
+        )
+
+
+def time_threads(cases, other, rounds, threads):
+    """Ratios of wall-clock time with several threads for ours; they need an idle machine."""
+    torch.set_num_threads(threads)
+    for name, settings in SETTINGS.items():
+        ratios = []
+        for image, prob in cases:
+            unary = prob if name == "prob" else hard_unary(prob > 0.5)
+            for turn in range(rounds + 1):  # the first one only warms up
+                ours, theirs = (seconds(f, image, unary, *settings) for f in (dense_crf, other))
+                ratios += [ours / theirs] if turn else []
+        print(
+            f"{name:16}{threads} threads, wall clock: {statistics.median(ratios):.2f} of its time"
+        )
 
 
 def accuracy_on_photos(images, masks):
@@ -185,12 +221,12 @@ def time_products(cases, device):
         )
     )
     for name, (sxy, srgb) in SETTINGS.items():
-        vertex, share, exchange = colour_grid(image, srgb)
+        vertex, share, blur = colour_grid(image, srgb)
         fy, fx = (f.to(device) for f in space_functions(*image.shape[2:], sxy))
-        pixels = Pixels(vertex, share, len(exchange), fy, fx, 1, fy.shape[1])
+        pixels = Pixels(vertex, share, len(blur), fy, fx, 1, fy.shape[1])
         phi, at, weight = pixels.phi(0), pixels.vertex, pixels.share[..., None]  # at [n, 4]
-        table = pixels.send @ phi  # [V, r]
-        ends, entry = pixels.send.crow_indices().long(), at.view(-1).argsort(stable=True)
+        table = pixels.splat @ phi  # [V, r]
+        ends, entry = pixels.splat.crow_indices().long(), at.view(-1).argsort(stable=True)
 
         def index_add():
             return torch.zeros_like(table).index_add_(
@@ -203,10 +239,10 @@ def time_products(cases, device):
 
         out = torch.empty_like(phi)
         ways = [
-            lambda: torch.addmm(out, pixels.read, table, beta=0, out=out),
+            lambda: torch.addmm(out, pixels.slice, table, beta=0, out=out),
             lambda: F.embedding_bag(at, table, per_sample_weights=pixels.share, mode="sum"),
             lambda: (table[at] * weight).sum(1),
-            lambda: pixels.send @ phi,
+            lambda: pixels.splat @ phi,
             index_add,
             segment_reduce,
         ]
@@ -218,7 +254,8 @@ def time_products(cases, device):
             if image.is_cuda:
                 torch.cuda.synchronize()
 
-        spent = [1000 * statistics.median(seconds(timed, way) for _ in range(9)) for way in ways]
+        clock = seconds if image.is_cuda else processor_seconds
+        spent = [1000 * statistics.median(clock(timed, way) for _ in range(9)) for way in ways]
         print(f"{name:16}" + "".join(f"{ms:15.2f}" for ms in spent))
 
 
@@ -267,10 +304,11 @@ def refine_large():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", help="folder of photos")
     parser.add_argument("--masks", help="folder of their masks, for the accuracy")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="also wall-clock time with so many threads")
     parser.add_argument("--large", action="store_true", help="only time a 4,000 x 3,000 image")
     options = parser.parse_args()
     if options.large:
@@ -278,6 +316,8 @@ if __name__ == "__main__":
     rival, edge = (with_pydensecrf, 320) if pydensecrf else (with_exact_sums, None)
     print(f"other: {'pydensecrf' if pydensecrf else 'the exact sums, float32'}")
     time_cpu(load_cases(options.images, edge), rival, options.rounds)
+    if options.threads:
+        time_threads(load_cases(options.images, edge), rival, options.rounds, options.threads)
     accuracy()
     if options.images and options.masks:
         accuracy_on_photos(options.images, options.masks)
