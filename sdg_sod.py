@@ -812,9 +812,8 @@ def make_optimiser(net: nn.Module) -> torch.optim.Optimizer:
     learnt = [p for p in net.parameters() if p.requires_grad]
     matrices = [p for p in learnt if p.dim() > 1]
     others = [p for p in learnt if p.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    )
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=learnt[0].is_cuda)  # one kernel for all parameters
 
 
 def rate(step: int, steps: int) -> float:
@@ -862,7 +861,7 @@ def train_saliency(
     optimiser = make_optimiser(net)
     run = Run(settings, stage, bank, net, optimiser, schedule, folder=stage, extra=plan_of(net))
     saliency = partial(saliency_logit, net, amp=settings.amp)
-    watch = harness.Watch(judging("mask", settings))
+    watch = harness.Watch(judging("mask", settings), photos)
 
     # With --resume, `Run` has restored the captioner, so the maps are made after it.
     guided = stage == "guide" and maps != "live"
@@ -890,8 +889,9 @@ def train_saliency(
             loss = structure_loss(logit, mask, bce)
 
             optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimiser)
+            run.scaler.update()
             run.add(loss=loss)
 
         run.end_epoch(lr=lr, **watch(saliency, run.picture))
@@ -928,8 +928,9 @@ def train_captioner(
             loss = caption_loss(logits, said)
 
             optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(optimiser)
+            run.scaler.update()
             run.add(loss=loss)
 
         run.end_epoch(lr=lr)
@@ -1232,16 +1233,19 @@ def describe(
     return described, maps.sum(1, keepdim=True)
 
 
+def prediction(net: SDGSOD, maps: str, amp: str) -> harness.Forward:
+    """The saliency logit of photos without anything else: guided by "own" maps or by the "mean"."""
+    constant = net.mean_map if maps == "mean" and net.captioner is not None else None
+    return partial(saliency_logit, net, amp=amp, m=constant)
+
+
 def evaluate(stage: str, net: SDGSOD, settings: Settings, maps: str = "own") -> harness.Results:
     """Saliency scores of the --eval sets with masks; of stage guide with maps of `TEST_MAPS`."""
-    saliency = partial(saliency_logit, net, amp=settings.amp)
     judged = judging("mask", settings)
     folder = settings.out / stage
     row = row_of(stage, maps)
-    if stage == "guide" and maps == "mean":
-        saliency = partial(saliency, m=net.mean_map)
     if stage != "guide" or maps in ("own", "mean"):
-        return harness.evaluate(saliency, judged, folder, row)
+        return harness.evaluate(prediction(net, maps, settings.amp), judged, folder, row)
 
     # Maps of other photos, or of masks, are made before; the photos come in the same order.
     results = {}
@@ -1251,7 +1255,8 @@ def evaluate(stage: str, net: SDGSOD, settings: Settings, maps: str = "own") -> 
         mine = iter(settings.world.share(make_maps(maps, net.captioner, bank, settings)))
 
         def with_maps(image: Tensor) -> Tensor:
-            return saliency(image, m=torch.stack([next(mine) for _ in image]))
+            m = torch.stack([next(mine) for _ in image])
+            return saliency_logit(net, image, settings.amp, m)
 
         one = dataclasses.replace(judged, eval=[spec])
         results |= harness.evaluate(with_maps, one, folder, row)
@@ -1313,13 +1318,17 @@ def study_maps(captioner: Captioner, settings: Settings) -> None:
             found.report(dataset.title, usual, settings.seed, settings.out / "caption")
 
 
-def predict_words(net: nn.Module, settings: Settings) -> None:
-    """Write <out>/predict/<stem>_words.png: photo, saliency unless of stage caption, words."""
+def predict_words(net: nn.Module, settings: Settings) -> list[str]:
+    """Write <out>/predict/<name>_words.png: photo, saliency unless of stage caption, words.
+
+    Returns the reasons why photos could not be read.
+    """
     folder = settings.out / "predict"
     photos = harness.open_photos(settings.predict, settings.data_root, skip=folder)
+    harness.check_names([*photos.names, *(f"{name}_words" for name in photos.names)])
     captioner = net if isinstance(net, Captioner) else net.captioner
-    lines = []
-    for samples, images in harness.batches_of(photos, settings, "words"):
+    lines, broken = [], []
+    for samples, images in harness.batches_of(photos, settings, "words", broken):
         described, m = describe(captioner, images, settings.amp)
         saliency = None
         if net is not captioner:
@@ -1335,9 +1344,12 @@ def predict_words(net: nn.Module, settings: Settings) -> None:
     for part in settings.world.gather(lines):
         for line in part:
             say(line)
+    return [reason for part in settings.world.gather(broken) for reason in part]
 
 
-def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, str, nn.Module]:
+def open_checkpoint(
+    path: Path, args: argparse.Namespace
+) -> tuple[argparse.Namespace, str, nn.Module]:
     """The flags that fit a checkpoint, of ours or of VirTex's; its stage and its network."""
     saved = runtime.torch_load(path)
     if "method" not in saved:
@@ -1351,7 +1363,7 @@ def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, str,
         if stage != "caption":
             fixed += "encoder decoder width scales attn_norm attn_row maps live".split()
         args = flags.saved_flags(args, saved, fixed, free=["size", "beam", "attn_row"])
-        args = flags.replaced(args, out=args.out or flags.run_of(path, STAGES))
+        args = flags.replaced(args, out=flags.out_of(args, path, METHOD, STAGES))
     args = complete(args)
 
     if stage == "caption":
@@ -1364,12 +1376,26 @@ def load(path: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, str,
     return args, stage, net
 
 
+def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predictor:
+    """A trained network as a function of Pillow photos; weights: "photos" or a checkpoint.
+
+    sod = load("run/guide/last.pt"); saliency = sod(Image.open("photo.jpg"))
+    """
+    args = build_parser().parse_args(["--weights", str(weights), "--device", device])
+    path = flags.checkpoint_of(args, METHOD, "guide/last.pt")
+    args, stage, net = open_checkpoint(path, flags.replaced(args, eval=[]))
+    if stage == "caption":
+        raise UserError(f"{path} is of stage caption, which makes no saliency maps")
+    settings = flags.settle(args, METHOD, captions=True, quiet=True)
+    net = settings.place(net, channels_last=False)
+    return harness.Predictor(prediction(net, args.test_maps, settings.amp), settings)
+
+
 # ---- Main ----------------------------------------------------------------------------------------
 def use(args: argparse.Namespace) -> None:
     """Evaluate or predict with a checkpoint: that of --weights, or of the run folder."""
-    folder = flags.run_folder(args, METHOD)
-    path = args.weights or folder / (args.stage or "guide") / "last.pt"
-    args, stage, net = load(path, flags.replaced(args, weights=path))
+    path = flags.checkpoint_of(args, METHOD, f"{args.stage or 'guide'}/last.pt")
+    args, stage, net = open_checkpoint(path, flags.replaced(args, weights=path))
     if args.words and stage in ("sod", "control"):
         raise UserError(
             f"--words: {path} is of stage {stage}, which knows no words; give a checkpoint of "
@@ -1389,13 +1415,14 @@ def use(args: argparse.Namespace) -> None:
     else:
         results = evaluate(stage, net, settings, args.test_maps)
         harness.save_results(results, settings, settings.out / stage)
-    if args.predict and stage != "caption":
-        saliency = partial(saliency_logit, net, amp=settings.amp)
-        if stage == "guide" and args.test_maps == "mean":
-            saliency = partial(saliency, m=net.mean_map)
-        harness.predict(saliency, settings)
+    broken = []
     if args.predict and (stage == "caption" or args.words):
-        predict_words(net, settings)
+        broken = predict_words(net, settings)
+    if args.predict and stage != "caption":
+        forward = prediction(net, args.test_maps, settings.amp)
+        harness.predict(forward, settings, args.overlay, args.skip_existing)
+    elif broken:
+        raise UserError(f"{len(broken)} photo(s) could not be read: " + "; ".join(broken))
 
 
 def check_judges(stage: str, settings: Settings) -> None:

@@ -89,7 +89,7 @@ def words_of(printed: str, name: str) -> list[str]:
 def loaded(path: Path, *more):
     """A checkpoint as the program loads it: flags, stage, network."""
     words = ["--eval", "shapes-test", "--device", "cpu", *more]
-    return sdg_sod.load(path, sdg_sod.build_parser().parse_args(words))
+    return sdg_sod.open_checkpoint(path, sdg_sod.build_parser().parse_args(words))
 
 
 def settled(args, out: Path):
@@ -180,6 +180,31 @@ def test_predictions_have_the_photo_s_size_and_words_can_be_drawn(base, tmp_path
         main("--predict", photo, "--weights", weights, "--out", out, "--crf", "--device", "cpu")
         assert [path.name for path in (out / "predict").iterdir()] == [made]
     assert Image.open(tmp_path / "sod" / "predict" / "tall.png").size == (33, 71)
+
+
+def test_a_network_is_a_function_of_photos(base, tmp_path):
+    """Its numbers are those that --predict writes; a captioner alone makes no maps."""
+    folder, _ = base
+    photo = write_photo(tmp_path / "photo.png", 50, 30)
+    weights = folder / "guide" / "last.pt"
+    main("--predict", photo, "--weights", weights, "--out", tmp_path, "--device", "cpu")
+    made = np.asarray(Image.open(tmp_path / "predict" / "photo.png"))
+    assert np.array_equal(sdg_sod.load(weights, "cpu")(Image.open(photo)), made)
+    with pytest.raises(runtime.UserError, match="is of stage caption, which makes no"):
+        sdg_sod.load(folder / "caption" / "last.pt", "cpu")
+
+
+@pytest.mark.parametrize("stage", ["caption", "guide"])
+def test_a_broken_photo_is_named_when_the_others_are_described(base, tmp_path, stage):
+    folder, _ = base
+    write_photo(tmp_path / "photos" / "good.jpg")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no picture")
+    weights = folder / stage / "last.pt"
+    out = ["--out", tmp_path / "out"]
+    sentence = refused("--predict", tmp_path / "photos", "--weights", weights, "--words", *out)
+    assert "1 photo(s) could not be read" in sentence and "broken.jpg" in sentence
+    made = {path.name for path in (tmp_path / "out" / "predict").iterdir()}
+    assert made == {"good_words.png"} | ({"good.png"} if stage == "guide" else set())
 
 
 def test_each_stage_is_judged_by_the_sets_that_can_judge_it(base, flags, tmp_path, capsys):
