@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
 
+from common.datasets import report_left_out
 from common.runtime import UserError, World, generator, parallel_map, progress, say
 
 
@@ -60,6 +61,11 @@ class Bank:
         self.device = device
         self.names = dataset.names
         count = len(dataset)
+        # A set of your own may lack what tells a replaced photo, and what was left out.
+        file_size = getattr(dataset, "bytes", lambda i: 0)
+        self.file_sizes = [file_size(i) for i in range(count)]
+        if getattr(dataset, "left_out", None):
+            report_left_out(dataset)
         shapes = {part: (count, self.CHANNELS[part], size, size) for part in parts}
         if budget is None:
             budget = free_memory(device) // 2

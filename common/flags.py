@@ -415,12 +415,6 @@ def checkpoint_of(args: argparse.Namespace, method: str, own: str) -> Path:
     return shipped
 
 
-def run_of(checkpoint: Path, stages: Sequence[str]) -> Path:
-    """The run folder of <run>/<stage>/last.pt; of a checkpoint copied elsewhere its own folder."""
-    folder = checkpoint.parent
-    return folder.parent if folder.name in stages else folder
-
-
 def out_of(args: argparse.Namespace, path: Path, method: str, stages: Sequence[str] = ()) -> Path:
     """Where results of a checkpoint go: --out, else the run folder that it lies in.
 

@@ -324,9 +324,13 @@ def load_optimiser(optimiser: torch.optim.Optimizer, saved: object, path: Path) 
 
 
 def photos_of(bank: Bank) -> str:
-    """'3000 (a1b2c3d4)': how many photos are trained on, and a digest of their names."""
-    names = "\n".join(bank.names).encode(errors="backslashreplace")
-    return f"{len(bank)} ({hashlib.sha256(names).hexdigest()[:8]})"
+    """'3000 (a1b2c3d4)': how many photos are trained on, and a digest of their names and files.
+
+    The sizes of the files in bytes tell a photo that was replaced by another of the same name.
+    """
+    lines = [f"{name} {size}" for name, size in zip(bank.names, bank.file_sizes)]
+    text = "\n".join(lines).encode(errors="backslashreplace")
+    return f"{len(bank)} ({hashlib.sha256(text).hexdigest()[:8]})"
 
 
 class Log:

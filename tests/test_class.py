@@ -405,7 +405,7 @@ def test_a_checkpoint_brings_its_flags_along(tmp_path):
     torch.save(saved, tmp_path / "last.pt")
 
     given = class_net.build_parser().parse_args("--eval shapes-test".split())
-    args, ours = class_net.load(tmp_path / "last.pt", given)
+    args, ours = class_net.open_checkpoint(tmp_path / "last.pt", given)
     assert args.size == 64 and args.out == tmp_path and args.eval == ["shapes-test"]
     assert ours.encoder.before_pooling and ours.encoder.std.flatten()[0] == 1
     assert ours.attention == ("channel",)

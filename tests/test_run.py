@@ -104,6 +104,19 @@ def test_a_damaged_checkpoint_is_named_and_can_be_replaced(trained, tmp_path, co
     assert last(tmp_path / "run")["epoch"] == 1
 
 
+def test_a_photo_that_was_replaced_under_its_name_is_noticed(tmp_path):
+    photos = tmp_path / "photos"
+    for i in range(2):
+        write_photo(photos / "images" / f"{i}.jpg", seed=i)
+        Image.new("L", (40, 40), 255 * i).save(write_photo(photos / "masks" / f"{i}.png"))
+    flags = f"--data {photos} --backbone tiny --size 64 --epochs 1 --batch-size 2 --device cpu"
+    flags = [*flags.split(), "--out", str(tmp_path / "run")]
+    class_net.main(flags)
+    class_net.main([*flags, "--resume"])
+    Image.new("RGB", (40, 40)).save(photos / "images" / "1.jpg")
+    assert "was trained on other photos" in refused(class_net.main, *flags, "--resume")
+
+
 def test_a_dry_run_s_network_is_told_from_a_trained_one(lists, tmp_path, capsys):
     small = [*small_flags(lists, size=64), *SMALL.split(), "--out", str(tmp_path / "run")]
     class_net.main([*small, "--dry-run"])
