@@ -173,6 +173,8 @@ class Run:
             self.time = self.epoch - 1 + done / self.steps
             self.step = (self.epoch - 1) * self.steps + done
             yield index, flip
+            if done == 5 and self.epoch == self.done + 1:
+                self.announce((time.time() - start) / (done + 1))
 
         self.means = {}
         for name, total in self.sums.items():
@@ -180,6 +182,16 @@ class Run:
         self.seconds = time.time() - start
         runtime.require_finite(self.means["loss"], self.epoch)
         world.average_statistics(self.raw)
+
+    def announce(self, seconds: float) -> None:
+        """Say how long the stage will take, from the seconds of its first steps, if it is long."""
+        minutes = seconds * self.steps * (self.last - self.done) / 60
+        if minutes >= 10:
+            span = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+            say(
+                f"{self.name} will take about {span} at these settings; a smaller --size, fewer "
+                "--epochs or a smaller --backbone (mobilenet_v2, tiny) take less"
+            )
 
     @property
     def name(self) -> str:

@@ -133,6 +133,18 @@ def test_args_tell_what_was_run(trained, tmp_path):
     assert {"command", "date", "machine", "commit", "numpy", "pillow"} <= found.keys()
 
 
+def test_long_trainings_are_announced(capsys):
+    """10 epochs of 300 steps at 2 seconds are 100 minutes, at 0.1 seconds they are 5."""
+    stage = run.Run.__new__(run.Run)
+    stage.stage, stage.steps, stage.last, stage.done = 1, 300, 10, 0
+    stage.announce(2.0)
+    assert "stage 1 will take about 100 minutes" in capsys.readouterr().out
+    stage.announce(20.0)
+    assert "about 17 hours" in capsys.readouterr().out
+    stage.announce(0.1)
+    assert capsys.readouterr().out == ""
+
+
 def test_minutes_count_what_was_before_an_interruption(tmp_path):
     log = run.Log(tmp_path, 4)
     log.lines = [{"epoch": 1, "loss": 1.0, "seconds": 90}, {"epoch": 2, "seconds": 30}]
