@@ -39,6 +39,7 @@ level equal to the adaptive threshold is above it, and E of a single pixel is di
 
 import argparse
 from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -527,6 +528,11 @@ def evaluate_folders(
             if metrics:
                 total.merge(metrics)
                 scored.append(name)
+    except BrokenProcessPool:
+        raise UserError(
+            f"a process that scored {pred} was killed, most likely because the memory is full: end "
+            "other programs, or score smaller pictures"
+        ) from None
     finally:
         torch.set_num_threads(threads)
     return total, scored, report

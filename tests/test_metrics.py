@@ -644,6 +644,17 @@ def test_a_full_memory_is_not_the_files_fault(folders, monkeypatch):
         evaluate_folders(*folders)
 
 
+def die(pair, **options):
+    os._exit(9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are no processes elsewhere")
+def test_a_killed_process_is_no_traceback(folders, monkeypatch):
+    monkeypatch.setattr("common.metrics.score_files", die)
+    with pytest.raises(UserError, match="killed, most likely because the memory is full"):
+        evaluate_folders(*folders)
+
+
 def test_exit_status(folders):
     (folders[0] / "soft.png").unlink()
     command = [sys.executable, "-m", "common.metrics", *map(str, folders)]
