@@ -38,7 +38,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from common.images import load_grey, load_image, load_map, load_mask, load_modality  # noqa: F401
+from common.images import (  # all names: own scripts import them from here
+    is_photo,
+    load_grey,  # noqa: F401
+    load_image,
+    load_map,  # noqa: F401
+    load_mask,
+    load_modality,
+)
 from common.runtime import UserError, cli, parallel_map, progress, say
 from data.captions import read_captions
 from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, read_split, wrong_count
@@ -190,15 +197,9 @@ def find_files(folder: Path, part: str, masks: bool) -> tuple[dict[str, list[Row
 
 
 def are_masks(rows: list[Row]) -> bool:
-    """Whether files that lie where masks may lie are masks: one per name, the first can be read."""
+    """Whether files that lie where masks may lie are masks: one per name, the first no photo."""
     names = names_of(rows)
-    if not rows or len(set(names)) < len(names):
-        return False
-    try:
-        load_mask(rows[0][2])
-    except UserError:
-        return False
-    return True
+    return bool(rows) and len(set(names)) == len(names) and not is_photo(rows[0][2])
 
 
 def names_of(rows: list[Row]) -> list[str]:

@@ -174,9 +174,7 @@ def mask_of(image: Image.Image, path: str | Path) -> np.ndarray:
     if image.mode in ("L", "F") or image.mode.startswith("I"):
         return grey_mask(np.asarray(image), path)
 
-    channels = combinations(image.convert("RGB").split(), 2)
-    spread = max(ImageChops.difference(*pair).getextrema()[1] for pair in channels)
-    coloured = spread > COLOURED
+    coloured = is_coloured(image)
     grey = np.asarray(image.convert("L"))
     if alpha is None:
         return paint_mask(image, path) if coloured else grey_mask(grey, path)
@@ -186,6 +184,21 @@ def mask_of(image: Image.Image, path: str | Path) -> np.ndarray:
     if not coloured and len(levels) == 2 and ((grey == levels[1]) != inside).any():
         raise unclear(path, "two different masks, one in its alpha channel and one in grey", levels)
     return inside
+
+
+def is_coloured(image: Image.Image) -> bool:
+    """Whether any pixel is not grey, apart from noise."""
+    channels = combinations(image.convert("RGB").split(), 2)
+    return max(ImageChops.difference(*pair).getextrema()[1] for pair in channels) > COLOURED
+
+
+def is_photo(path: str | Path) -> bool:
+    """Whether a picture holds more colours than a mask may; False if it cannot be read."""
+    try:
+        image = read(path).convert("RGB")
+    except UserError:
+        return False
+    return is_coloured(image) and image.getcolors(256) is None
 
 
 def alpha_of(image: Image.Image) -> Image.Image | None:

@@ -283,7 +283,8 @@ def test_without_masks_folders_of_photos_may_be_called_anything(tmp_path):
     assert open_set(tmp_path, masks=False).names == [*names[:1], "flow/2", *names[2:]]
     photo(tmp_path.parent / "only/depth/1.jpg")
     assert open_set(tmp_path.parent / "only", masks=False).names == ["1"]
-    pairs(tmp_path / "real", "ab", "{}.jpg", "GT/{}.jpg")  # these are masks
+    pairs(tmp_path / "real", "ab", "{}.jpg", "GT/{}.jpg")  # these are masks, though damaged
+    (tmp_path / "real/GT/a.jpg").write_bytes(b"")
     real = open_set(tmp_path / "real", masks=False)
     assert real.names == ["a", "b"]
     assert left_out(real) == {"a.jpg": "taken for a mask", "b.jpg": "taken for a mask"}
