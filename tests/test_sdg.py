@@ -1,5 +1,6 @@
 """The parts of sdg_sod.py: numbers by hand, brute force, invariances."""
 
+import json
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from common import bank
 from common.backbones import backbone
 from common.rivals import Affinity, ContextDecoder
 from common.runtime import UserError, World
-from data import captions
+from data import captions, ladder
 from data.captions import END, PAD, START
 from data.shapes import NAMED, Shapes, describe
 
@@ -421,3 +422,75 @@ def test_pieces_are_joined_to_words_and_their_maps_added():
     assert captions.spoken(torch.tensor([3, 4]), maps, captions.numbers(8))[0] == ["3", "4"]
     assert captions.whole(WORDS) and not captions.whole(pieces)
     assert not captions.whole(captions.numbers(8))
+
+
+# ---- The ladder of maps --------------------------------------------------------------------------
+def test_auc_by_hand_and_by_all_pairs():
+    heat = torch.tensor([[1.0, 2.0], [2.0, 3.0]])
+    mask = torch.tensor([[False, True], [False, True]])
+    # Salient 2 and 3 against 1 and 2: three pairs are won, one is a tie.
+    assert ladder.auc(heat, mask) == pytest.approx(3.5 / 4)
+    assert ladder.auc(torch.zeros(2, 2), mask) == 0.5
+    random = torch.Generator().manual_seed(0)
+    heat = torch.randint(0, 9, (12, 12), generator=random).float()
+    mask = torch.rand(12, 12, generator=random) < 0.3
+    pairs = heat[mask][:, None] - heat[~mask]
+    by_pairs = ((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item()
+    assert ladder.auc(heat, mask) == pytest.approx(by_pairs)
+
+
+def test_maps_of_the_ladder_by_hand():
+    centre = ladder.centre_map()
+    assert centre[0, 0, 3, 5] == pytest.approx(math.exp(-1 / 2))  # two cells: one deviation
+    assert centre[0, 0, 0, 0] == pytest.approx(math.exp(-18 / 8))
+    mask = torch.zeros(1, 1, 56, 56)
+    mask[..., :8, 8:12] = 1  # the left half of the second cell
+    cells = ladder.mask_map(mask)
+    assert cells[0, 0, 0, 1] == 0.5 and cells.sum() == 0.5
+
+    # Two photos with two and four words; every word's map sums to 1.
+    sums = torch.zeros(2, 1, 7, 7)
+    sums[0, 0, 0, 0], sums[1, 0, 0, 0], sums[1, 0, 6, 6] = 2, 1, 3
+    maps = ladder.rungs(sums, sums, mask.expand(2, 1, 56, 56), None, torch.Generator())
+    assert torch.equal(maps["captioner_other"], sums.flip(0))  # the only other photo
+    assert maps["captioner_mean"][0, 0, 0, 0] == (1 + 1 / 4) / 2
+    assert maps["captioner_less_mean"][1, 0, 6, 6] == 3 / 4 - 3 / 8
+    assert "training_masks" not in maps and torch.equal(maps["mask"][:1], cells)
+
+
+def test_other_photos_are_a_seeded_permutation_that_leaves_none_in_its_place():
+    for count in (2, 3, 10, 101):
+        of = ladder.others(count, torch.Generator().manual_seed(count))
+        assert sorted(of.tolist()) == list(range(count))
+        assert (of != torch.arange(count)).all()
+    again = ladder.others(101, torch.Generator().manual_seed(101))
+    assert torch.equal(of, again) and not torch.equal(of, torch.arange(101).roll(1))
+
+
+def test_the_ladder_leaves_out_masks_that_have_one_side(tmp_path, capsys):
+    """A map that is the mask's own cells wins; empty, full and missing masks do not count."""
+    half = torch.zeros(1, 56, 112, dtype=torch.uint8)
+    half[..., :56] = 255
+    masks = [half, torch.zeros_like(half), torch.full_like(half, 255), None, half.flip(2)]
+    sums = torch.stack([ladder.mask_map(half[None] / 255)[0]] * 5)
+    found = ladder.Ladder()
+    found.add([{"mask": mask} for mask in masks], sums, torch.ones(5, 4, 7, 7))
+    found.merge(World())
+    found.report("scenes", torch.ones(1, 1, 7, 7), 0, tmp_path)
+    content = json.loads((tmp_path / "maps-scenes.json").read_text())
+    assert content["photos"] == 2
+    scores = content["auc"]
+    assert scores["mask"] > 0.99 and scores["features"] == scores["training_masks"] == 0.5
+    assert scores["captioner"] == pytest.approx(0.5, abs=1e-6)  # right on one, wrong on the other
+    assert "on 2 masks of scenes: mask 1.000, centre 0.500" in capsys.readouterr().out
+    ladder.Ladder().report("nothing", None, 0, tmp_path)
+    assert not (tmp_path / "maps-nothing.json").exists()
+
+
+def test_the_mean_mask_is_that_of_the_training_set():
+    mean = ladder.mean_mask("shapes-test", "data")
+    masks = torch.stack([Shapes("test")[i]["mask"] for i in range(len(Shapes("test")))]) / 255
+    assert torch.allclose(mean, ladder.mask_map(masks).mean(0, keepdim=True), atol=1e-6)
+    assert ladder.mean_mask("nowhere", "data") is None
+    many = ladder.spread(range(1250))
+    assert len(many) == 500 and [many[0], many[1], many[499]] == [0, 2, 1247]
