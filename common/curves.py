@@ -112,6 +112,8 @@ def draw(panels: Sequence[Panel], titles: Sequence[str]) -> str:
     for i, panel in enumerate(panels):
         row, column = divmod(i, COLUMNS)
         draw_panel(svg, panel, GAP + column * (PANEL + GAP) - 15, LINE + row * (PANEL + GAP))
+
+    # The legend: a short thick line and a title in each row.
     for i, title in enumerate(titles):
         y = bottom + LINE * (i + 1)
         svg.line([(GAP, y - 4), (GAP + 24, y - 4)], stroke(i), 3)
@@ -192,6 +194,8 @@ def read_log(path: str | Path) -> list[dict]:
         text = Path(path).read_text("utf-8", "replace")
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
+
+    # Other ends of lines than "\n" are part of a text.
     lines = []
     for number, content in enumerate(text.split("\n"), 1):
         try:
@@ -235,7 +239,10 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Log]:
             raise UserError(
                 f"{folder} holds no log.jsonl, nor does a folder in it; give a run folder"
             )
-        group = groups.setdefault(re.sub(r"-seed\d+(?=/|$)", "", folder.as_posix()), {})
+
+        # Runs of one name without the seed are one group.
+        name = re.sub(r"-seed\d+(?=/|$)", "", folder.as_posix())
+        group = groups.setdefault(name, {})
         for path in paths:
             stage = path.parent.relative_to(folder).name
             for quantity, series in series_of(read_log(path)).items():
@@ -258,9 +265,12 @@ def log_panels(logs: Sequence[Log]) -> list[Panel]:
     panels = []
     for key in dict.fromkeys(key for log in logs for key in log):
         curves = [mean_and_band(log.get(key, [])) for log in logs]
+
+        # The axes fit all runs, and all values of their bands.
         epochs = [epoch for curve in curves for epoch in curve.x]
         values = [value for curve in curves for value in (*curve.low, *curve.high)]
-        panels.append(Panel(epoch_axis(epochs), value_axis(" ".join(key).strip(), values), curves))
+        name = " ".join(key).strip()  # "stage1 loss", or "loss"
+        panels.append(Panel(epoch_axis(epochs), value_axis(name, values), curves))
     return panels
 
 
@@ -279,6 +289,8 @@ def value_axis(name: str, values: Sequence[float]) -> Axis:
     largest = max(abs(low), abs(high)) or 1
     if high - low < 1e-6 * largest:
         low, high = low - largest / 2, high + largest / 2
+
+    # From the last tick below all values to the first one above them.
     step = round_step(low, high)
     first = math.floor(low / step)
     last = math.ceil(high / step)
