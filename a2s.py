@@ -24,13 +24,15 @@ Usage
     torchrun --nproc_per_node=4 a2s.py --data MSRA-B    # several GPUs or machines
 
 Results. The paper (MoCo v2 ResNet-50, 3,000 MSRA-B photos, about 1 h on a GTX 1080 Ti) reports
-ave-F / MAE on ECSSD: stage 1 .840 / .072, stage 2 .880 / .060. Its text defines ave-F as F_mean,
-its authors' code computes F_adp. Ours at that size: not run. At small scale: docs/a2s.md.
+ave-F / MAE on ECSSD: stage 1 .840 / .072, stage 2 .880 / .060. Its text defines ave-F as the mean
+over 256 thresholds (F_mean), its authors' code takes one adaptive threshold per map (F_adp). Ours
+at that size: not run. At small scale: docs/a2s.md.
 
-Departures. The paper is the default. Where it is silent, the released code is followed: loss
-weights 1 .1 .3 .5, nesterov, weight decay 5e-4, a tenth of the rate for the encoder of stage 2,
-MoCo v2 of 800 epochs, labels binarised at 0.5, and the head between H5 and the local RAM, which
-the parameter count of Table VII confirms. --released also follows the code in the following:
+Departures. The paper is the default. Where it is silent, the released code is followed: stage 1's
+loss weights 1, 0.1, 0.3, 0.5 of F, F3, F4, F5; Nesterov momentum, weight decay 5e-4; MoCo v2 of 800
+epochs; in stage 2 a tenth of the rate for the encoder, labels binarised at 0.5, a convolution of H5
+in each residual attention module (RAM), and two more before the local one, which the parameter
+count of Table VII confirms. --released also follows the code in the following:
  D1 The learning rate of stage 1 falls at epochs 10 and 16. Released: at 12 and 16.
  D2 The CRF starts from a hard label (theta > 0) with probability 0.7. The released code puts the
     cut halfway between the map's minimum and maximum. Eq. 6 to the letter (--unary soft) starts
@@ -46,10 +48,10 @@ the parameter count of Table VII confirms. --released also follows the code in t
 The following hold with and without --released:
  D8 The L2 distance in Eq. 4 is squared, as in the released code: the L2 norm of a scalar is its L1
     norm.
- D9 The label bank stores 8 bits per pixel.
- D10 The mean over the training set in DB1 is a running mean with rate 0.01.
- D11 HMA is OLR with one more step: the prediction goes through the CRF before it is mixed into the
-    label. Lambda and the first epoch are the same.
+ D9 Stage 2 stores its labels with 8 bits per pixel.
+ D10 The mean over the training set in DB1 (Sec. IV-E) is a running mean with rate 0.01.
+ D11 HMA, the rival of OLR in Table VIII, is OLR with one more step: the prediction goes through the
+    CRF before it is mixed into the label. Lambda and the first epoch are the same.
  D12 With several processes and --bn batch, BatchNorm normalises over each process's own share of
     the batch; the running statistics are averaged after each epoch.
 Not implemented: MINet, the rival detector of Table VII.
@@ -77,7 +79,7 @@ from common.run import Run, claim
 from common.runtime import UserError, World, autocast, generator, save_png, say
 
 METHOD = "a2s"
-PAPER = {
+PAPER = {  # sxy and srgb: reach and tolerance of the CRF in Eq. 6
     "stage1": Schedule(epochs=20, lr=1.0),
     "stage2": Schedule(epochs=25, lr=0.005),
     "batch_size": 8,
@@ -86,7 +88,7 @@ PAPER = {
     "sxy": 50.0,
     "srgb": 5.0,
 }
-SHAPES = {
+SHAPES = {  # built-in pictures, in minutes
     "stage1": Schedule(epochs=3, lr=1.0),
     "stage2": Schedule(epochs=3, lr=0.01),
     "batch_size": 8,
@@ -122,15 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=3,
         default=[0.1, 0.3, 0.5],
         metavar="W",
-        help="loss weights of F3 F4 F5; 0 0 0 is variant A1 [0.1 0.3 0.5]",
+        help="loss weights of F3 F4 F5; 0 0 0: A1 of Table IV [0.1 0.3 0.5]",
     )
-    add(
-        "--drop",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="share of pixels left out of stage 1's loss; 0 is variant A2 [0.5]",
-    )
+    add("--drop", type=float, default=0.5, help="share of pixels the loss leaves out; 0: A2 [0.5]")
     add("--train-encoder", action="store_true", help="in stage 1 too: variant A0")
     add(
         "--boundary",
@@ -144,20 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="mean",
         help="threshold of M in DB5, Table I [mean]",
     )
-    add(
-        "--unary",
-        choices=("hard", "soft"),
-        help="the CRF starts from labels or from probabilities, see D2 [hard]; no effect with "
-        "--released",
-    )
+    add("--unary", choices=("hard", "soft"), help="start of the CRF without --released, D2 [hard]")
     add("--sxy", type=float, help="CRF: reach in a photo of 320 pixels [paper 50, shapes 100]")
     add("--srgb", type=float, help="CRF: tolerance in grey levels [paper 5, shapes 20]")
-    add(
-        "--detector",
-        choices=("ram", "conv"),
-        default="ram",
-        help="conv: a convolution instead of RAM, the dagger of Table VII [ram]",
-    )
+    add("--detector", choices=("ram", "conv"), default="ram", help="conv: Table VII, dagger [ram]")
     add(
         "--rectify",
         choices=("olr", "hma", "off"),
@@ -173,12 +159,17 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if not 0 <= args.drop < 1:
         raise UserError(f"--drop {args.drop} is not a share of pixels from 0 to less than 1")
     small = flags.is_shapes(args.data)
-    usual = ["shapes-test"] if small else PAPER_SETS if args.data == "MSRA-B" else []
+    usual = []  # the sets to score on without --eval
+    if small:
+        usual = ["shapes-test"]
+    elif args.data == "MSRA-B":
+        usual = PAPER_SETS
+
     args = flags.completed(args, SHAPES if small else PAPER)
     return flags.replaced(
         args,
-        unary=args.unary or "hard",  # D2
-        bn=args.bn or ("batch" if args.released else "stored"),  # D7
+        unary=args.unary or "hard",  # else the CRF changes nothing (D2)
+        bn=args.bn or ("batch" if args.released else "stored"),  # of the encoder (D7)
         eval=flags.evaluation_sets(args, usual),
     )
 
@@ -197,7 +188,7 @@ class SEBlock(nn.Module):
         """[B, channels, h, w] -> [B, 64, h, w]"""
         f = F.relu(self.norm(self.conv(e)))  # [B, 64, h, w]
         gate = torch.sigmoid(self.gate(f.mean((2, 3), keepdim=True)))  # [B, 64, 1, 1]
-        return (f * gate).to(e.dtype)  # under autocast GroupNorm gives fp32
+        return (f * gate).to(e.dtype)  # GroupNorm gives fp32 even in half precision
 
 
 def mean_threshold(m: Tensor) -> Tensor:
@@ -235,9 +226,10 @@ THRESHOLDS = {"mean": mean_threshold, "median": median_threshold, "otsu": otsu_t
 class DecisionBoundary(nn.Module):
     """Decision value theta of every pixel (Eq. 3, and its rivals of Sec. IV-E).
 
-    Let f be a pixel's feature, f_ (f-bar) its mean over the image, f^ (f-hat) its mean over the
-    training set:
-    DB1 1'(f - f^)   DB2 f_'f   DB3 f_'(f - f_)   DB4 w'(f - f_), w learned   DB5 1'(f - f_)
+    f is a pixel's feature, f_bar its mean over the image, f_hat its mean over the training set,
+    x'y a sum over the channels, 1 a vector of ones:
+    DB1 1'(f - f_hat)      DB2 f_bar'f               DB3 f_bar'(f - f_bar)
+    DB4 w'(f - f_bar)      DB5 1'(f - f_bar)         w is learned
     DB5 is the paper's: the activation map M = 1'f minus its mean. `threshold` replaces the mean of
     M by its median or by Otsu's threshold (Table I).
     """
@@ -247,17 +239,19 @@ class DecisionBoundary(nn.Module):
         self.kind = kind
         self.threshold = THRESHOLDS[threshold]
         if kind == "DB1":
-            self.register_buffer("running_mean", torch.zeros(1, channels, 1, 1))
+            self.register_buffer("running_mean", torch.zeros(1, channels, 1, 1))  # f_hat
         if kind == "DB4":
             self.w = nn.Conv2d(channels, 1, 1, bias=False)
 
     def forward(self, f: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 1, h, w]"""
-        f = f.float()
+        f = f.float()  # sums over channels and pixels need fp32
         f_bar = f.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
+
+        # The rivals of Sec. IV-E. In DB1 the mean over the training set is a running one (D10).
         if self.kind == "DB1":
             if self.training:
-                self.running_mean.lerp_(f_bar.detach().mean(0, keepdim=True), 0.01)  # D10
+                self.running_mean.lerp_(f_bar.detach().mean(0, keepdim=True), 0.01)
             return (f - self.running_mean).sum(1, keepdim=True)
         if self.kind == "DB2":
             return (f_bar * f).sum(1, keepdim=True)
@@ -265,6 +259,8 @@ class DecisionBoundary(nn.Module):
             return (f_bar * (f - f_bar)).sum(1, keepdim=True)
         if self.kind == "DB4":
             return self.w(f - f_bar)
+
+        # DB5, the adaptive decision boundary of the paper.
         m = f.sum(1, keepdim=True)  # M [B, 1, h, w]
         return m - self.threshold(m)  # Eq. 3
 
@@ -284,8 +280,10 @@ class ActivationNet(nn.Module):
         self.encoder = encoder.requires_grad_(train_encoder)
         self.train_encoder = train_encoder
         self.released = released
-        if hasattr(encoder, "fc"):
-            encoder.fc.requires_grad_(False)  # D4 reads the classifier, nothing trains it
+        if hasattr(encoder, "fc"):  # --released keeps the classifier to read it (D4)
+            encoder.fc.requires_grad_(False)
+
+        # One SE block per level, one to join them; each of F, F3, F4, F5 has a boundary.
         _, _, c3, c4, c5 = encoder.channels
         self.se3 = SEBlock(c3)
         self.se4 = SEBlock(c4)
@@ -295,10 +293,15 @@ class ActivationNet(nn.Module):
 
     def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eq. 1: [B, 3, H, W] -> F [B, 64, H/2, W/2] and F3, F4, F5 [B, 64, H/8 ... H/32, ...]."""
-        with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
+        # A frozen encoder needs no gradients. E1 gives nothing but the size of F.
+        learns = self.train_encoder and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns):
             e1, _, e3, e4, e5 = self.encoder(image)
+
+        # The released code weights the channels of E5 by the classifier (D4).
         if self.released and hasattr(self.encoder, "fc"):
-            e5 = e5 * self.encoder.fc.weight.sum(0).view(1, -1, 1, 1)  # D4
+            e5 = e5 * self.encoder.fc.weight.sum(0).view(1, -1, 1, 1)
+
         f3 = self.se3(e3)  # [B, 64, H/8, W/8]
         f4 = self.se4(e4)  # [B, 64, H/16, W/16]
         f5 = self.se5(e5)  # [B, 64, H/32, W/32]
@@ -310,6 +313,8 @@ class ActivationNet(nn.Module):
         f, f3, f4, f5 = self.features(image)
         boundary, boundary3, boundary4, boundary5 = self.boundaries
         theta = boundary(f)  # [B, 1, H/2, W/2]
+
+        # Labels are made of F, so its foreground must be positive. The loss ignores the sign.
         theta = foreground_sign(theta, self.released) * theta
         return [resize(theta, image), boundary3(f3), boundary4(f4), boundary5(f5)]
 
@@ -331,7 +336,8 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 def between_variance(m: Tensor, threshold: Tensor) -> Tensor:
     """Eq. 2: V = p1 p2 (mu1 - mu2)^2 of the two sides of a threshold. [B, 1, h, w] -> [B, 1]
 
-    With side s = 0 or 1, cov(M, s) = p1 p2 (mu1 - mu2), hence V = cov(M, s)^2 / (p1 p2).
+    Let s be 1 for pixels above the threshold, else 0. Then cov(M, s) = mean(M s) - mean(M) mean(s)
+    = p1 p2 (mu1 - mu2), hence V = cov(M, s)^2 / (p1 p2).
     """
     side = (m >= threshold).float()
     p = side.mean((2, 3))
@@ -350,7 +356,10 @@ def conv(before: int, after: int) -> nn.Sequential:
 
 
 class RAM(nn.Module):
-    """Residual attention module (Fig. 6). Without attention it is the dagger row of Table VII."""
+    """Residual attention module (Fig. 6). Without attention it is the dagger row of Table VII.
+
+    As in the authors' code, the basis H5 passes a convolution first.
+    """
 
     def __init__(self, attention: bool = True):
         super().__init__()
@@ -363,10 +372,11 @@ class RAM(nn.Module):
         """Two levels to strengthen, and the basis; all leave with the size of h1. [B, 64, h, w]"""
         basis = resize(self.basis(h5), h1)
         levels = [h1, resize(h2, h1)]
-        if self.attention:  # Eq. 9: attention from what a level adds to the basis
-            levels = [
-                h * torch.sigmoid(attend(h - basis)) for h, attend in zip(levels, self.attention)
-            ]
+
+        # Eq. 9: what a level adds to the basis tells where the level is strengthened.
+        for i, attend in enumerate(self.attention):
+            weight = torch.sigmoid(attend(levels[i] - basis))
+            levels[i] = levels[i] * weight
         return self.fuse(torch.cat([*levels, basis], 1))  # Eq. 10
 
 
@@ -376,9 +386,11 @@ class Detector(nn.Module):
     def __init__(self, encoder: nn.Module, attention: bool = True):
         super().__init__()
         self.encoder = encoder
-        if hasattr(encoder, "fc"):
-            encoder.fc.requires_grad_(False)  # part of the released encoder (D4), without a use
+        if hasattr(encoder, "fc"):  # --released keeps the classifier, without a use here
+            encoder.fc.requires_grad_(False)
         self.laterals = nn.ModuleList(conv(channels, 64) for channels in encoder.channels)
+
+        # H5 reaches the local RAM through two convolutions, at four times its size.
         twice = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
         self.head = nn.Sequential(*conv(64, 128), twice, *conv(128, 64), twice)
         self.local = RAM(attention)
@@ -386,10 +398,15 @@ class Detector(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> saliency logit Y [B, 1, H, W]."""
+        # Five maps E1 ... E5, from H/2 to H/32, become H1 ... H5 of 64 channels.
         maps = self.encoder(image)
         h1, h2, h3, h4, h5 = (lateral(e) for lateral, e in zip(self.laterals, maps))  # Eq. 8
+
+        # The coarse levels strengthen the basis H5 regionally, the fine ones locally.
         r_r = self.region(h3, h4, h5)  # [B, 64, H/8, W/8]
         r_l = self.local(h1, h2, self.head(h5))  # [B, 64, H/2, W/2]
+
+        # The sum of their 64 products needs fp32.
         product = r_l.float() * resize(r_r, r_l).float()
         y = product.sum(1, keepdim=True)  # Eq. 11 [B, 1, H/2, W/2]
         return resize(y, image)
@@ -423,8 +440,10 @@ def ssim_loss(p: Tensor, g: Tensor) -> Tensor:
     mu_p, mu_g, pp, gg, pg = means.chunk(5)
 
     # SSIM is a term of the variances and the covariance times a term of the means.
-    structure = (2 * (pg - mu_p * mu_g) + 9e-4) / (pp - mu_p**2 + gg - mu_g**2 + 9e-4)
-    luminance = (2 * mu_p * mu_g + 1e-4) / (mu_p**2 + mu_g**2 + 1e-4)
+    c1 = 1e-4
+    c2 = 9e-4
+    structure = (2 * (pg - mu_p * mu_g) + c2) / (pp - mu_p**2 + gg - mu_g**2 + c2)
+    luminance = (2 * mu_p * mu_g + c1) / (mu_p**2 + mu_g**2 + c1)
     return 1 - (luminance * structure).mean()
 
 
@@ -440,14 +459,16 @@ def detector_loss(y: Tensor, g: Tensor) -> Tensor:
     y = y.float()
     g = (g > 0.5).float()
     p = torch.sigmoid(y)
-    return F.binary_cross_entropy_with_logits(y, g) + ssim_loss(p, g) + iou_loss(p, g)
+    bce = F.binary_cross_entropy_with_logits(y, g)
+    return bce + ssim_loss(p, g) + iou_loss(p, g)
 
 
 # ---- Training ------------------------------------------------------------------------------------
 def make_net(stage: int, args: argparse.Namespace, weights: str | None) -> nn.Module:
     """The network of a stage as the flags describe it, on the CPU; `weights` as for `backbone`."""
+    stored = args.bn == "stored"
     encoder = backbone(
-        args.backbone, weights, args.pixels, args.bn == "stored", args.released, args.borders
+        args.backbone, weights, args.pixels, stored, keep_fc=args.released, borders=args.borders
     )
     if stage == 1:
         return ActivationNet(
@@ -457,13 +478,16 @@ def make_net(stage: int, args: argparse.Namespace, weights: str | None) -> nn.Mo
 
 
 def rate(epoch: int, schedule: Schedule, decay: tuple[int, int], paper_epochs: int) -> float:
-    """Learning rate of an epoch (from 1): a tenth from each of the paper's epochs `decay` on."""
+    """Learning rate of an epoch (from 1), divided by 10 at each epoch of `decay`.
+
+    decay: in the paper's run of `paper_epochs`; other runs keep its fractions.
+    """
     drops = [milestone for milestone in decay if schedule.reached(epoch, milestone, paper_epochs)]
     return schedule.lr * 0.1 ** len(drops)
 
 
 def make_optimiser(net: nn.Module, encoder_share: float) -> torch.optim.Optimizer:
-    """SGD; the encoder, where it is trained, learns at `encoder_share` of the rate."""
+    """SGD; an encoder that is trained learns at `encoder_share` of the learning rate."""
     encoder = [p for p in net.encoder.parameters() if p.requires_grad]
     others = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": others, "share": 1.0}, {"params": encoder, "share": encoder_share}]
@@ -489,36 +513,43 @@ def train_activation(
 
     alpha: Eq. 4. aux: loss weights of F3, F4, F5. drop: share of pixels left out of the loss.
     """
+    # The photos, without their masks; and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root, masks=False)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage1")
     optimiser = make_optimiser(net, encoder_share=1.0)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
+    decay = (12, 16) if net.released else (10, 16)  # Sec. IV-A; released, see D1
+
+    # What shows the progress: Table I before the first epoch, a picture after each.
     logit = partial(activation_logit, net, amp=settings.amp)
     watch = harness.Watch(settings, photos)
     if run.done == 0 and settings.world.main:
         study_thresholds(net, bank, settings)
 
     for epoch in run.epochs():
-        decay = (12, 16) if net.released else (10, 16)  # D1, Sec. IV-A
         lr = rate(epoch, schedule, decay, PAPER["stage1"].epochs)
         set_rate(optimiser, lr)
         random = generator(settings.device, settings.seed, "drop", epoch)
         for index, flip in run.batches():
+            # Forward, in half precision where the device has it: theta of F, F3, F4, F5.
             image = bank.images(index, flip)  # [B, 3, S, S]
             with autocast(settings.device, settings.amp):
-                thetas = run.net(image)  # of F, F3, F4, F5
+                thetas = run.net(image)  # [B, 1, S, S], then S/8, S/16, S/32 wide
 
+            # Every map is pushed away from its boundary at a random half of its pixels.
             loss = 0
             for weight, theta in zip((1, *aux), thetas):
                 keep = keep_mask(theta, drop, settings.world, random)
                 loss = loss + weight * adb_loss(theta, alpha, keep)  # Eq. 4
 
+            # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
             run.scaler.scale(loss).backward()
             run.scaler.step(optimiser)
             run.scaler.update()
             run.add(loss=loss)
 
+        # Do the maps follow the photo, or the place in the picture? A mirrored photo tells.
         mirror = harness.mirror(logit, bank)
         run.end_epoch(lr=lr, mirror=mirror, **watch(logit, run.picture))
 
@@ -535,6 +566,7 @@ def train_detector(
 
     rectify: olr, hma or off. lam: lambda of Eq. 14.
     """
+    # The photos, their labels from stage 1, and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root, masks=False)
     labels = read_labels(photos.names, settings)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage2")
@@ -546,27 +578,34 @@ def train_detector(
     for epoch in run.epochs():
         lr = rate(epoch, schedule, (15, 20), PAPER["stage2"].epochs)  # Sec. IV-A
         set_rate(optimiser, lr)
-        # For the first two of the paper's 25 epochs lambda is 1: labels stay as they are.
+
+        # Labels are corrected from the third of the paper's 25 epochs on; before, lambda is 1.
         rectifying = rectify != "off" and schedule.reached(epoch, 3, PAPER["stage2"].epochs)
         for index, flip in run.batches(flips="once" if released else "anew"):  # D6
+            # Forward, in half precision where the device has it.
             image = bank.images(index, flip)  # [B, 3, S, S]
-            g = labels.read(index, flip)  # [B, 1, S, S]
             with autocast(settings.device, settings.amp):
                 y = run.net(image)  # logit [B, 1, S, S]
+
+            # The labels as they have been corrected so far.
+            g = labels.read(index, flip)  # [B, 1, S, S]
             loss = detector_loss(y, g)  # Eq. 12
 
+            # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
             run.scaler.scale(loss).backward()
             run.scaler.step(optimiser)
             run.scaler.update()
             run.add(loss=loss)
 
+            # The prediction before this step is mixed into the label; HMA refines it first (D11).
             if rectifying:
                 p = torch.sigmoid(y.detach().float())
-                if rectify == "hma":  # D11
+                if rectify == "hma":  # 80: the CRF's usual reach, in photos of 320 pixels
                     p = dense_crf(image * 255, p, sxy=80 * settings.size / 320)
                 labels.write(index, flip, lam * g + (1 - lam) * p)  # Eq. 14
 
+        # Every process has corrected its own share of the labels; now all of them get all.
         if rectifying:
             labels.share(run.order, run.batch, settings.world)
         run.end_epoch(lr=lr, **watch(logit, run.picture))
@@ -575,13 +614,16 @@ def train_detector(
 def keep_mask(theta: Tensor, drop: float, world: World, random: torch.Generator) -> Tensor:
     """Weights of the pixels: 0 for dropped ones, else a constant such that their mean is 1.
 
-    Every process draws for the whole batch and keeps its own part, so that the number of processes
-    changes nothing. Where chance would drop every pixel of a small map, all are kept.
+    theta: [B, 1, h, w], as is the result. drop: the probability of being dropped.
     """
+    # Every process draws for the whole batch and keeps its own part, so that the number of
+    # processes changes nothing.
     shape = (len(theta) * world.size, *theta.shape[1:])
     keep = torch.rand(shape, device=theta.device, generator=random) >= drop
-    keep = (keep | ~keep.any()).float()
     mine = slice(world.rank * len(theta), (world.rank + 1) * len(theta))
+
+    # Where chance would drop every pixel of a small map, all are kept.
+    keep = (keep | ~keep.any()).float()
     return (keep / keep.mean())[mine]
 
 
@@ -593,6 +635,7 @@ def study_thresholds(net: ActivationNet, bank: Bank, settings: Settings) -> None
     count = min(2 * batch, len(bank)) if settings.dry_run else len(bank)
     v = dict.fromkeys(THRESHOLDS, 0.0)
     for index in torch.arange(count).split(batch):
+        # M of every photo, stretched to [0, 1] so that photos count equally.
         f = net.features(bank.images(index))[0]
         m = f.float().sum(1, keepdim=True)  # M [B, 1, H/2, W/2]
         m = m - m.amin((2, 3), keepdim=True)
@@ -620,14 +663,17 @@ def refine(
     image [B, 3, H, W] in [0, 1], theta [B, 1, H, W] -> [B, 1, H, W] of 0 and 1. sxy: the CRF's
     reach in a photo of 320 pixels; srgb: its tolerance in grey levels. unary, released: D2.
     """
+    # What the CRF starts from: probabilities, or a label that is right with probability 0.7 (D2).
     prob = torch.sigmoid(theta.float())
     if released:
         middle = (prob.amin((2, 3), keepdim=True) + prob.amax((2, 3), keepdim=True)) / 2
-        prob = hard_unary(prob > middle)  # D2
-    else:
+        prob = hard_unary(prob > middle)
+    elif unary == "hard":
+        prob = hard_unary(prob > 0.5)
+
+    # The reach grows with the picture; in the released code it does not.
+    if not released:
         sxy = sxy * image.shape[-1] / 320
-        if unary == "hard":
-            prob = hard_unary(prob > 0.5)  # D2
     prob = dense_crf(image * 255, prob, sxy, srgb)
     return median_filter((prob > 0.5).float(), 7)
 
@@ -642,15 +688,17 @@ def make_labels(
     """
     photos = open_set(settings.data, settings.data_root, masks=False)
     for samples, images in harness.batches_of(photos, settings, "pseudo labels"):
+        # Labels [H, W] of the photo's size: 0 or 1, or in between where a label was enlarged.
+        labels = []
         if own_size:
-            labels = []
             for sample in samples:
                 photo = sample["image"][None].to(settings.device).float() / 255
                 theta = activation_logit(net, photo, settings.amp)
                 labels.append(to_label(photo, theta)[0, 0])
         else:
-            logits = label_logit(net, images, settings.amp, to_label)
-            labels = [harness.at_size(logit, sample) for logit, sample in zip(logits, samples)]
+            logits = label_logit(net, images, settings.amp, to_label)  # [B, 1, S, S]
+            for logit, sample in zip(logits, samples):
+                labels.append(harness.at_size(logit, sample))
 
         for sample, label in zip(samples, labels):
             pixels = (label > 0.5).byte().cpu() * 255
@@ -673,12 +721,9 @@ def read_labels(names: list[str], settings: Settings) -> MapBank:
             f"{len(missing)} of {len(paths)} pseudo labels are missing ({missing[0]}); make them: "
             f"python a2s.py --stage 1 --data {settings.data} --out {settings.out}"
         )
+    stage2 = settings.out / "stage2"
     return MapBank(
-        lambda i: load_mask(paths[i]),
-        len(paths),
-        settings.size,
-        settings.device,
-        settings.out / "stage2",
+        lambda i: load_mask(paths[i]), len(paths), settings.size, settings.device, stage2
     )
 
 
