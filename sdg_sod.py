@@ -579,12 +579,17 @@ class DecoderLayer(nn.TransformerDecoderLayer):
         self, x: Tensor, grid: Tensor, future: Tensor, padded: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Words [B, T, H], grid [B, 49, H], masks [T, T], [B, T] -> [B, T, H], [B, T, 49]."""
+        # Self-attention among the words read so far, each step with dropout, sum and LayerNorm.
         own, _ = self.self_attn(
             x, x, x, attn_mask=future, key_padding_mask=padded, need_weights=False
         )
         x = self.norm1(x + self.dropout1(own))
-        seen, attention = self.multihead_attn(x, grid, grid)  # the attention is a mean over heads
+
+        # Cross-attention of every word to the 49 cells, returned as the mean over heads.
+        seen, attention = self.multihead_attn(x, grid, grid)
         x = self.norm2(x + self.dropout2(seen))
+
+        # Two linear layers for each word.
         out = self.linear2(self.dropout(F.gelu(self.linear1(x))))
         return self.norm3(x + self.dropout3(out)), attention
 
@@ -614,10 +619,15 @@ class Captioner(nn.Module):
         self.row = row
         self.beam = beam
         self.released = released
+
+        # The CNN's grid, from its deepest `taps` maps.
         channels = sum(encoder.channels[-taps:])
         self.encoder = encoder
         self.projection = nn.Linear(channels, hidden)
         self.standardise = nn.Identity() if plain else nn.BatchNorm2d(channels, affine=False)
+
+        # The words that go in, the layers of both directions, and the bias of the words that come
+        # out, whose weights are those of the embedding.
         self.words = nn.Embedding(len(lexicon), hidden, padding_idx=PAD)
         self.positions = nn.Embedding(LENGTH, hidden)
         self.norm = nn.LayerNorm(hidden, 1e-8)
@@ -651,10 +661,13 @@ class Captioner(nn.Module):
 
     def read(self, grid: Tensor, tokens: Tensor, backward: bool = False) -> tuple[Tensor, Tensor]:
         """Tokens [B, T] -> logits [B, T, V] of the next one, and cross-attention [B, T, 49]."""
+        # Words and their places, normalised, 0 at the padding.
         t = tokens.shape[1]
         padded = tokens == PAD
         x = self.words(tokens) + self.positions.weight[:t]
         x = self.dropout(self.norm(x)) * ~padded[..., None]  # [B, T, H]
+
+        # No word attends to a later one: True is forbidden.
         future = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
         for layer in self.backwards if backward else self.forwards:
             x, attention = layer(x, grid, future, padded)
@@ -763,12 +776,15 @@ def structure_loss(logit: Tensor, g: Tensor, bce: str = "weighted") -> Tensor:
     near = F.avg_pool2d(near, (1, 31), 1, (0, 15))
     w = 1 + 5 * (near - g).abs()
 
+    # Cross-entropy, weighted per image; in F3Net's code the weights cancel.
     p = torch.sigmoid(logit)
     cross = F.binary_cross_entropy_with_logits(logit, g, reduction="none")
     if bce == "coded":
         wbce = cross.mean()
     else:
         wbce = (w * cross).sum((1, 2, 3)) / w.sum((1, 2, 3))  # [B]
+
+    # IoU of weighted areas; the 1 is F3Net's and keeps empty masks finite.
     both = (w * p * g).sum((1, 2, 3))
     total = (w * (p + g)).sum((1, 2, 3))
     wiou = (both + 1) / (total - both + 1)
@@ -853,6 +869,7 @@ def train_saliency(
     bce: see `structure_loss`. cut: most that a crop leaves out of either axis. maps: the map that
     guides a photo, one of `MAPS`, or "live", the own one described anew in every step (D10).
     """
+    # The photos and masks, and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root)
     folder = settings.out / stage
     bank = Bank(photos, settings.size, settings.device, folder, parts=("image", "mask"))
@@ -877,6 +894,7 @@ def train_saliency(
             lr = schedule.lr * rate(run.step, schedule.epochs * run.steps)
             set_rate(optimiser, lr)
 
+            # Photos, masks and maps, flipped and cropped together; [B, 1, S/4, S/4] for maps.
             box = draw_crops(len(index), cut, random)
             image = crop(bank.images(index, flip), box)  # [B, 3, S, S]
             mask = crop(bank.masks(index, flip), box)  # [B, 1, S, S]
@@ -884,10 +902,12 @@ def train_saliency(
             if guided:
                 m = cropped_maps(guidance, index, flip, box, settings.size // 4)
 
+            # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
                 logit = run.net(image, m)  # [B, 1, S, S]
             loss = structure_loss(logit, mask, bce)
 
+            # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
             run.scaler.scale(loss).backward()
             run.scaler.step(optimiser)
@@ -904,6 +924,7 @@ def train_captioner(
 
     bank: the photos at 224 x 224. texts: all captions of each of them.
     """
+    # All captions as numbers, the words that replace each other in a mirrored photo, and the run.
     tokens, counts = tokenise(texts, net.lexicon)  # [N, most captions, 30], [N]
     mirror = captions.mirrored(net.lexicon)  # [V]
     optimiser = make_optimiser(net)
@@ -923,10 +944,12 @@ def train_captioner(
             longest = int((said != PAD).sum(1).max())
             said = said[:, :longest].to(settings.device, non_blocking=True)  # [B, T]
 
+            # Forward, in half precision where the device has it; the caption and its mirror image.
             with autocast(settings.device, settings.amp):
                 logits = run.net(bank.images(index, flip), said)  # 2 x [B, T, V]
             loss = caption_loss(logits, said)
 
+            # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
             run.scaler.scale(loss).backward()
             run.scaler.step(optimiser)
