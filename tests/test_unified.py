@@ -14,6 +14,7 @@ import unified_usod as usod
 from common import flags
 from common.backbones import backbone
 from common.bank import Bank
+from common.curves import read_log
 from common.datasets import open_set
 from common.flags import Schedule, Settings
 from common.published import unified_state
@@ -367,32 +368,32 @@ class RedChannel(torch.nn.Module):
         return [[y, y, y, y]]
 
 
-def test_labels_after_an_epoch_equal_the_formula_flips_included(joint, tmp_path):
-    """G = l1 PAR(I, S) + l2 S + l3 G for every photo, whichever way round it was seen, from the
-    second epoch on."""
-    photos = open_set(joint, masks=False)
+@pytest.fixture
+def corrected(joint, tmp_path):
+    """Random pseudo labels [8, 64, 64] of `joint`, and a function that trains `RedChannel` on them
+    for some epochs and returns the run folder."""
     start = (torch.rand(8, 64, 64, generator=torch.Generator().manual_seed(4)) > 0.5).byte() * 255
-    for name, label in zip(photos.names, start):
+    for name, label in zip(open_set(joint, masks=False).names, start):
         save_png(tmp_path / "pseudo" / f"{name}.png", label)
 
-    def train(epochs):
-        """The run folder after so many epochs."""
-        settings = settings_of(joint, tmp_path / f"{epochs}")
-        schedule = Schedule(epochs, 1e-3)
-        spr = [0.2, 0.6, 0.2]
+    def train(epochs, released=False):
+        settings = settings_of(joint, tmp_path / f"{epochs}{released}")
+        labels = tmp_path / "pseudo"
+        schedule = Schedule(epochs, 0.5)
+        weights = [0.2, 0.6, 0.2]
         usod.train_detector(
-            RedChannel(),
-            settings,
-            schedule,
-            tmp_path / "pseudo",
-            "iou",
-            [0, 0, 0],
-            False,
-            spr,
-            False,
+            RedChannel(), settings, schedule, labels, "iou", [0, 0, 0], False, weights, released
         )
         return settings.out
 
+    return start, train
+
+
+def test_labels_after_an_epoch_equal_the_formula_flips_included(joint, corrected):
+    """G = l1 PAR(I, S) + l2 S + l3 G for every photo, whichever way round it was seen, from the
+    second epoch on."""
+    start, train = corrected
+    photos = open_set(joint, masks=False)
     files = [train(1) / "rectified" / f"{name}.png" for name in photos.names]
     assert all(np.array_equal(Image.open(f), label) for f, label in zip(files, start))
     found = last(train(2), 2)["labels"] / 255  # [8, 1, 64, 64]
@@ -402,6 +403,17 @@ def test_labels_after_an_epoch_equal_the_formula_flips_included(joint, tmp_path)
     assert (found - want).abs().max() < 0.51 / 255 + 1e-5
     flips = torch.rand(8, generator=generator("cpu", 0, "flip", 2)) < 0.5
     assert flips.any() and not flips.all()  # both ways were seen
+
+
+def test_learning_rate_of_stage_2_is_constant_unless_released(corrected):
+    """Two steps per epoch: the last ones lie at 0.5 and 1.5 of 2 epochs (D4)."""
+    _, train = corrected
+    rates = {}
+    for released in (False, True):
+        log = read_log(train(2, released) / "stage2" / "log.jsonl")
+        rates[released] = [line["lr"] for line in log]
+    assert rates[False] == [0.5, 0.5]
+    assert rates[True] == pytest.approx([0.5 * (1 - 0.8 / 4), 0.5 * (1 - 0.8 * 3 / 4)])
 
 
 # ---- Transfer and checkpoints --------------------------------------------------------------------
