@@ -262,20 +262,45 @@ def show_preset(args: argparse.Namespace, preset: dict) -> None:
         say("preset for shapes: " + ", ".join(shown))
 
 
+def could_be(action: argparse.Action, value: object) -> bool:
+    """Whether a parser could have made `value` of this flag; None stands for the preset's value."""
+    if isinstance(action.default, bool):
+        return isinstance(value, bool)
+    if action.choices:
+        return value in [action.default, *action.choices]
+    try:
+        return value == action.default or (action.type or str)(str(value)) == value
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+
+
 def saved_flags(
-    args: argparse.Namespace, saved: dict, fixed: Sequence[str], free: Sequence[str]
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    saved: dict,
+    path: Path,
+    fixed: Sequence[str],
+    free: Sequence[str],
 ) -> argparse.Namespace:
-    """A copy of the flags that fits a checkpoint.
+    """A copy of the flags that fits the checkpoint `saved` of the file `path`.
 
     fixed: names of flags that describe its network; they become those of its training.
     free: names of flags that do so only where they were not given.
+    Raises `UserError` for values that the parser would not take.
     """
     names = [*fixed, *(name for name in free if getattr(args, name) is None)]
     lost = [name for name in names if name not in saved["args"]]
     if lost:
         raise UserError(
-            f"the checkpoint was made by another version: it lacks {', '.join(lost)}; train again"
+            f"{path} was made by another version: it lacks {', '.join(lost)}; train again"
         )
+    for action in parser._actions:
+        value = saved["args"].get(action.dest)
+        if action.dest in names and not could_be(action, value):
+            flag = action.option_strings[0]
+            raise UserError(
+                f"{path} is a damaged checkpoint: {flag} cannot be {value!r}; fetch or make it again"
+            )
     if saved["args"].get("dry_run"):
         say("warning: this network was made by --dry-run and has learnt next to nothing")
     return replaced(args, **{name: saved["args"][name] for name in names})
@@ -401,7 +426,8 @@ def checkpoint_of(args: argparse.Namespace, method: str, own: str) -> Path:
     if args.weights and not asked:
         return args.weights
     of_run = run_folder(args, method) / own
-    unnamed = args.predict and args.out is None and args.data == "shapes"
+    named = args.out is not None and of_run.exists() or args.data != "shapes"
+    unnamed = args.predict and not named
     if not asked and not (unnamed and shipped.exists()):
         return of_run
     if not shipped.exists():
