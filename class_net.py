@@ -173,10 +173,14 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--vgg-taps conv is for vgg16; {args.backbone} has other taps")
 
     augment = args.augment
-    if augment is None:
-        augment = ["flip", "scale", "crop"] if args.released else ["flip", "scale"]  # D7
+    if augment is None:  # only the released code crops (D7)
+        augment = ["flip", "scale", "crop"] if args.released else ["flip", "scale"]
     usual_weights = "shapes" if args.backbone == "tiny" else "imagenet"
-    usual_sets = ["shapes-test"] if small else PAPER_SETS if args.data == "DUTS-TR" else []
+    usual_sets = []  # the sets to score on without --eval
+    if small:
+        usual_sets = ["shapes-test"]
+    elif args.data == "DUTS-TR":
+        usual_sets = PAPER_SETS
     return flags.replaced(
         args,
         augment=augment,
@@ -222,7 +226,7 @@ class PositionAttention(nn.Module):
     def __init__(self, released: bool = False):
         super().__init__()
         self.released = released
-        inner = 8 if released else WIDTH  # D1
+        inner = 8 if released else WIDTH  # channels of queries and keys (D1)
         self.query = nn.Conv2d(WIDTH, inner, 1)
         self.key = nn.Conv2d(WIDTH, inner, 1)
         self.value = nn.Conv2d(WIDTH, WIDTH, 1)
@@ -251,14 +255,17 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, released: bool = False):
         super().__init__()
-        self.sign = -1 if released else 1  # D3
+        self.sign = -1 if released else 1  # released: prefer what agrees least (D3)
         self.beta = nn.Parameter(torch.zeros(1))
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """F_l [B, 64, h, w], F_h [B, 64, any, any] -> F_l_out, of the shape of F_l."""
         f_h = resize(high, low).flatten(2)  # [B, 64, N]
         f_l = low.flatten(2)  # [B, 64, N]
-        with torch.autocast(low.device.type, enabled=False):  # a sum of N products needs fp32
+
+        # Row c of z says how much of each deep channel shallow channel c takes. The sum of N
+        # products needs fp32.
+        with torch.autocast(low.device.type, enabled=False):
             energy = self.sign * f_l.float() @ f_h.float().transpose(-1, -2)  # [B, 64, 64]
             z = torch.softmax(energy, -1)  # Eq. 4
             found = z @ f_h.float()  # Eq. 5 [B, 64, N]
@@ -272,8 +279,8 @@ class FeatureFusion(nn.Module):
         super().__init__()
         self.reduce = conv(3 * WIDTH, 1, bias=True)
         self.conv1 = conv(WIDTH, 3)
-        if released:
-            self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)  # D5
+        if released:  # without BatchNorm and ReLU (D5)
+            self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
         else:
             self.conv2 = conv(WIDTH, 3)
         self.gate = nn.Conv2d(WIDTH, 1, 1, bias=False)
@@ -338,8 +345,11 @@ class CLASSNet(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """[B, 3, H, W] in [0, 1] -> logits [B, 1, H, W] of D_2 (the map), D_3, D_4, D_5."""
+        # The encoder's maps. As in the authors' code, E_5 gets the mean of each channel added.
         _, e2, e3, e4, e5 = self.encoder(image)
-        e5 = e5 + e5.mean((2, 3), keepdim=True)  # as the authors' code does; the paper is silent
+        e5 = e5 + e5.mean((2, 3), keepdim=True)
+
+        # Bridge: 64 channels per level, and F_h (released: one for each level, D4).
         f = {}
         for level, e in zip(LEVELS, (e2, e3, e4, e5)):
             f[level] = self.squeeze[level](e)  # [B, 64, h_l, w_l]
@@ -349,7 +359,7 @@ class CLASSNet(nn.Module):
         d = {"5": self.refine["5"](f["5"])}
         for level, above in (("4", "5"), ("3", "4"), ("2", "3")):
             f_l = self.bridge[level](f[level])
-            f_h = high[level] if self.released else high["5"]  # D4
+            f_h = high[level] if self.released else high["5"]
             low = f_l
             if "channel" in self.attention:
                 low = self.channel[level](f_l, f_h)
@@ -358,6 +368,8 @@ class CLASSNet(nn.Module):
                 deep = self.position[level](f_h, f_l)
             fused = self.fusion[level](resize(d[above], f_l), low, resize(deep, f_l))
             d[level] = self.refine[level](fused)  # [B, 64, h_l, w_l]
+
+        # Heads: "2" first, so that the first logit is the saliency map.
         return [resize(head(d[level]), image) for level, head in self.heads.items()]
 
 
@@ -401,6 +413,8 @@ def released_region_loss(logit: Tensor, g: Tensor) -> Tensor:
     s = torch.sigmoid(logit)
     mean_s, variance_s = window_statistics(s)
     mean_g, variance_g = window_statistics(g)
+
+    # The norm runs over all windows of an image, so it grows with the image.
     of_means = F.pairwise_distance(mean_s.flatten(1), mean_g.flatten(1))  # [B]
     of_variances = F.pairwise_distance(variance_s.flatten(1), variance_g.flatten(1))  # [B]
     error = F.avg_pool2d((s - g).abs(), 11, stride=1, padding=5)
@@ -438,7 +452,8 @@ def supervise(
         outputs.append(terms)
         totals.append(sum(terms.values()))  # Eq. 14
 
-    weights = 0.5 ** torch.arange(len(logits), device=g.device)  # 1, 1/2, 1/4, 1/8
+    # D_2 has weight 1, each deeper output half of the one before: 1, 1/2, 1/4, 1/8.
+    weights = 0.5 ** torch.arange(len(logits), device=g.device)
     loss = weights @ torch.stack(totals)  # Eq. 15
     return loss, outputs[0]
 
@@ -461,13 +476,13 @@ def make_net(args: argparse.Namespace, weights: str) -> CLASSNet:
 
 
 def rate(epoch: int, schedule: Schedule) -> float:
-    """Learning rate of an epoch (from 1): a straight line up, and down again from the middle."""
+    """Learning rate of an epoch (from 1): linear from near 0 to schedule.lr and back to near 0."""
     place = 2 * epoch / (schedule.epochs + 1) - 1  # from -1 to 1
     return schedule.lr * (1 - abs(place))
 
 
 def make_optimiser(net: CLASSNet) -> torch.optim.Optimizer:
-    """SGD with two groups of parameters: all others, and the encoder's."""
+    """SGD in two groups of parameters, the encoder's last; `set_rate` gives them their rates."""
     others = [p for name, p in net.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": others}, {"params": net.encoder.parameters()}]
     fused = others[0].is_cuda  # one kernel for all parameters
@@ -482,7 +497,7 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
 
 
 def scaled(size: int, elevenths: int) -> int:
-    """The side of a rescaled picture, a multiple of 8."""
+    """The side of a picture of `size` rescaled to that many elevenths, a multiple of 8."""
     return round(size * elevenths / 88) * 8
 
 
@@ -495,9 +510,12 @@ def augment(
     for the whole `batch` and keeps its own part, `mine`, so that the number of processes changes
     nothing.
     """
+    # What is drawn: one size for the whole batch, one box for each picture.
     elevenths = SCALES[torch.randint(len(SCALES), (), generator=random)]
     share = 0.125 if "crop" in kinds else 0.0  # at most this share of a side is cut off
     box = draw_crops(batch, share, random)[mine]  # [b, 4]
+
+    # Photo and mask go through the same crop, as four channels of one picture.
     side = image.shape[-1]
     if "scale" in kinds:
         side = scaled(side, elevenths)
@@ -524,6 +542,7 @@ def train(
     bank = Bank(photos, settings.size, settings.device, settings.out, parts=("image", "mask"))
     require_masks(bank, settings.data)
 
+    # The run resumes, logs and writes last.pt; a picture shows the progress after each epoch.
     optimiser = make_optimiser(net)
     run = Run(settings, 1, bank, net, optimiser, schedule)
     logit = partial(saliency_logit, net, amp=settings.amp)
@@ -534,16 +553,19 @@ def train(
         set_rate(optimiser, lr)
         random = generator("cpu", settings.seed, "view", epoch)
         for index, flip in run.batches():
+            # Photos and masks, flipped, rescaled and cropped together.
             if "flip" not in augmentations:
                 flip = torch.zeros_like(flip)
             image = bank.images(index, flip)  # [B, 3, S, S]
             g = bank.masks(index, flip)  # [B, 1, S, S]
             image, g = augment(image, g, augmentations, run.batch, run.mine, random)
 
+            # Forward, in half precision where the device has it; the loss of all four outputs.
             with autocast(settings.device, settings.amp):
                 logits = run.net(image)  # of D_2, D_3, D_4, D_5 [B, 1, s, s]
             loss, terms = supervise(logits, g, losses, region)  # Eqs. 14 and 15
 
+            # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
             run.scaler.scale(loss).backward()
             run.scaler.step(optimiser)
@@ -608,7 +630,7 @@ def open_checkpoint(path: Path, args: argparse.Namespace) -> tuple[argparse.Name
         runtime.check_checkpoint(saved, path, METHOD)
         state = saved["model"]
         fixed = "backbone pixels borders released attention fusion outputs vgg_taps bn data".split()
-        args = flags.saved_flags(args, saved, fixed, free=["size"])
+        args = flags.saved_flags(build_parser(), args, saved, path, fixed, free=["size"])
         args = flags.replaced(args, out=flags.out_of(args, path, METHOD))
     args = complete(args)
     net = make_net(args, "none")
