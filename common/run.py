@@ -40,7 +40,7 @@ from common.runtime import UserError, say
 FREE = {
     "out", "data_root", "device", "compile", "deterministic", "eval", "watch", "resume",
     "overwrite", "weights", "stage", "predict", "cutout", "overlay", "skip_existing", "crf", "base",
-    "photos",
+    "photos", "test_maps", "words",
 }  # fmt: skip
 
 
@@ -128,21 +128,30 @@ class Run:
         folder: str = ".",
         extra: dict | None = None,
     ):
-        self.settings, self.stage, self.world = settings, stage, settings.world
-        self.bank, self.optimiser, self.labels = bank, optimiser, labels
-        self.folder, self.last = settings.out / folder, schedule.epochs
-        self.raw = net
-        self.labels_file = None
-        self.digests = None
+        self.settings = settings
+        self.stage = stage
+        self.world = settings.world
+        self.folder = settings.out / folder
+        self.bank = bank
+        self.optimiser = optimiser
+        self.labels = labels
+        self.labels_file = None  # the name of the file with the labels of last.pt
+        self.extra = extra or {}
+        self.last = schedule.epochs
+        self.flags = settings.flags | schedule._asdict() | {"photos": photos_of(bank)}
+        self.digests = None  # of the files that the flags name, see `save_args`
+
         # fp16 needs losses that are scaled up before backward, lest small gradients become 0.
         half = runtime.precision(settings.device, settings.amp) is torch.float16
         self.scaler = torch.amp.GradScaler(settings.device.type, enabled=half)
-        self.flags = settings.flags | schedule._asdict() | {"photos": photos_of(bank)}
-        self.extra = extra or {}
-        self.done = self.resume()
+
+        # `raw` is the network itself, which is saved. `net` is what training calls: with several
+        # processes a wrapper of it that averages gradients.
+        self.raw = net
+        self.done = self.resume()  # finished epochs
         self.log = Log(self.folder, self.last, self.done, quiet=not self.world.main)
         self.save_args()
-        self.net = self.world.parallel(net)  # averages gradients over the processes
+        self.net = self.world.parallel(net)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are still to do, from 1."""
@@ -154,11 +163,15 @@ class Run:
     def batches(self, flips: str = "anew") -> Iterator[tuple[Tensor, Tensor]]:
         """(index [b], flip [b]) of every step of this epoch; two steps with --dry-run.
 
+        index: numbers of samples of the bank, int64 on the CPU. flip: bool, see `bank.batches`.
         Before each step `self.time` is the number of epochs done, a fraction, and `self.step` that
         of steps. Afterwards the means of what was added are in `self.means`; a loss that is not a
         number is refused, and BatchNorm's statistics are averaged over the processes.
         """
-        settings, world = self.settings, self.world
+        settings = self.settings
+        world = self.world
+
+        # The samples of this epoch in their order, whole batches only.
         order, self.batch = epoch_order(
             len(self.bank), settings.batch_size, settings.seed, self.epoch, world
         )
@@ -166,16 +179,19 @@ class Run:
         todo = min(2, self.steps) if settings.dry_run else self.steps
         drawn = batches(order, self.batch, settings.seed, self.epoch, world, flips)
         self.order = order[: todo * self.batch]  # the samples that this epoch really sees
-        self.sums, start = {}, time.time()
-        for done, (index, flip) in enumerate(
-            runtime.progress(islice(drawn, todo), f"{self.name} epoch {self.epoch}", todo)
-        ):
+
+        # Hand out one step after the other; the first six of a run tell how long it will take.
+        self.sums = {}
+        start = time.time()
+        steps = runtime.progress(islice(drawn, todo), f"{self.name} epoch {self.epoch}", todo)
+        for done, (index, flip) in enumerate(steps):
             self.time = self.epoch - 1 + done / self.steps
             self.step = (self.epoch - 1) * self.steps + done
             yield index, flip
             if done == 5 and self.epoch == self.done + 1:
                 self.announce((time.time() - start) / (done + 1))
 
+        # The means over all steps and processes.
         self.means = {}
         for name, total in self.sums.items():
             self.means[name] = sum(world.gather(float(total) / todo)) / world.size
@@ -253,6 +269,8 @@ class Run:
         path = self.folder / "last.pt"
         if not path.exists() or not self.settings.resume:
             return 0
+
+        # The checkpoint must be of the same photos, flags and files.
         saved = runtime.load_checkpoint(path, self.settings.method, self.stage)
         photos = saved["args"].get("photos")
         if photos != self.flags["photos"]:
@@ -272,6 +290,8 @@ class Run:
                     f"{path} was trained with another {name.replace('_', ' ')}: give --resume the "
                     "same files, or another --out for a new run"
                 )
+
+        # Network, optimiser, scale of the loss, labels.
         runtime.load_state(self.raw, saved["model"], path)
         load_optimiser(self.optimiser, saved.get("optimiser"), path)
         if self.scaler.is_enabled():
@@ -315,6 +335,7 @@ def load_optimiser(optimiser: torch.optim.Optimizer, saved: object, path: Path) 
     Learning rates and other options are those of the training. Raises `UserError` if something is
     missing or does not fit.
     """
+    # What is kept: {number of a parameter: {"momentum_buffer": tensor, ...}}.
     state = saved.get("state") if isinstance(saved, dict) else None
     shapes = [p.shape for group in optimiser.param_groups for p in group["params"]]
 
@@ -331,6 +352,7 @@ def load_optimiser(optimiser: torch.optim.Optimizer, saved: object, path: Path) 
             f"{path} is a damaged checkpoint: its optimiser does not fit the network; start anew "
             "with --overwrite"
         )
+
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": state, "param_groups": groups})
 
@@ -349,8 +371,12 @@ class Log:
     """One line per epoch on the terminal and in `log.jsonl`; `log.svg` draws them."""
 
     def __init__(self, folder: Path, epochs: int, done: int = 0, quiet: bool = False):
-        self.folder, self.epochs, self.done, self.quiet = folder, epochs, done, quiet
-        self.start = self.last = time.time()
+        self.folder = folder
+        self.epochs = epochs
+        self.done = done
+        self.quiet = quiet
+        self.start = time.time()
+        self.last = self.start  # when the epoch before ended
         self.lines = []
         path = folder / "log.jsonl"
         if done and path.exists():  # a resumed run leaves out what came after its checkpoint
@@ -363,6 +389,7 @@ class Log:
         images, seconds: how many photos were trained on, and for how long; `seconds` of the log is
         the whole epoch, with pictures and checkpoint.
         """
+        # What is shown: means, speed, memory, and the time that the rest will take.
         now = time.time()
         rate = images / seconds
         eta = (now - self.start) / (epoch - self.done) * (self.epochs - epoch)
@@ -374,6 +401,8 @@ class Log:
             shown.append(f"{memory:.1f} GB")
         shown.append(f"eta {eta // 60:.0f}m{eta % 60:02.0f}s")
         say(" | ".join(shown))
+
+        # What is kept, in log.jsonl.
         line = {"epoch": epoch, **values, "images_per_s": rate, "memory_gb": memory}
         self.lines.append(line | {"seconds": now - self.last})
         self.last = now
