@@ -228,10 +228,9 @@ class DecisionBoundary(nn.Module):
 
     f is a pixel's feature, f_bar its mean over the image, f_hat its mean over the training set,
     x'y a sum over the channels, 1 a vector of ones:
-    DB1 1'(f - f_hat)      DB2 f_bar'f               DB3 f_bar'(f - f_bar)
-    DB4 w'(f - f_bar)      DB5 1'(f - f_bar)         w is learned
-    DB5 is the paper's: the activation map M = 1'f minus its mean. `threshold` replaces the mean of
-    M by its median or by Otsu's threshold (Table I).
+    DB1 1'(f - f_hat)   DB2 f_bar'f   DB3 f_bar'(f - f_bar)   DB4 w'(f - f_bar), w learned
+    DB5 1'(f - f_bar), the paper's: the activation map M = 1'f minus its mean. `threshold` replaces
+    the mean of M by its median or by Otsu's threshold (Table I).
     """
 
     def __init__(self, kind: str = "DB5", threshold: str = "mean", channels: int = 64):
@@ -529,7 +528,7 @@ def train_activation(
     for epoch in run.epochs():
         lr = rate(epoch, schedule, decay, PAPER["stage1"].epochs)
         set_rate(optimiser, lr)
-        random = generator(settings.device, settings.seed, "drop", epoch)
+        random = generator(settings.device, settings.seed, "drop", epoch)  # the same when resumed
         for index, flip in run.batches():
             # Forward, in half precision where the device has it: theta of F, F3, F4, F5.
             image = bank.images(index, flip)  # [B, 3, S, S]
@@ -572,6 +571,8 @@ def train_detector(
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage2")
     optimiser = make_optimiser(net, encoder_share=0.1)
     run = Run(settings, 2, bank, net, optimiser, schedule, labels, "stage2")
+
+    # What shows the progress: a picture after each epoch.
     logit = partial(detector_logit, net, amp=settings.amp)
     watch = harness.Watch(settings, photos)
 
