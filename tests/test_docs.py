@@ -3,8 +3,10 @@
 import functools
 import importlib
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,8 +87,17 @@ def test_measured_tables_stand_between_markers(page):
     assert marks[1::2] == ["end"] * (len(marks) // 2) and "end" not in marks[::2]
 
 
-def test_code_of_the_readme_runs():
-    loss, encoder = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_code_of_the_readme_runs(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    use, loss, encoder = re.findall(r"```python\n(.*?)```", readme, re.S)
+    shutil.copy(ROOT / "data" / "photos" / "cat.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(use, names)
+    saliency = np.asarray(names["saliency"])
+    assert saliency.shape == (300, 451)
+    assert saliency[150, 200] > 200 and saliency[20, 440] < 50  # the cat, and what is behind it
+
     names = {"F": F, "torch": torch, "Tensor": torch.Tensor, "iou_loss": a2s.iou_loss}
     exec(loss, names)
     y = torch.tensor([[[[0.0, 0.0]]]])
