@@ -190,7 +190,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     small = flags.is_shapes(args.data)
     args = flags.completed(args, SHAPES if small else PAPER)
     released = args.released
-    spr = args.spr or ([0.1, 0.7, 0.2] if released else [0.2, 0.6, 0.2])  # D5
+    spr = args.spr or ([0.1, 0.7, 0.2] if released else [0.2, 0.6, 0.2])  # SPR's weights (D5)
     if min(spr) < 0 or abs(sum(spr) - 1) > 1e-6:
         raise UserError(f"--spr {' '.join(map(str, spr))}: the three weights have to add up to 1")
     if args.size < 32:
@@ -210,9 +210,9 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         spr=spr,
         backbone_weights=weights,
         threshold=args.threshold or "otsu",
-        bn=args.bn or ("batch" if released else "stored"),  # D7
-        pcl=args.pcl or ("off" if released and args.transfer else "on"),  # D3
-        power=args.power or ("annealed" if released else "linear"),  # D2
+        bn=args.bn or ("batch" if released else "stored"),  # of the encoders (D7)
+        pcl=args.pcl or ("off" if released and args.transfer else "on"),  # the curriculum (D3)
+        power=args.power or ("annealed" if released else "linear"),  # of L_pcl-sd (D2)
         eval=flags.evaluation_sets(args, usual),
     )
 
@@ -266,13 +266,13 @@ class SEBlock(nn.Module):
         """[B, channels, h, w] -> [B, 64, h, w]"""
         f = F.relu(self.norm(self.conv(e)))  # [B, 64, h, w]
         gate = torch.sigmoid(self.gate(f.mean((2, 3), keepdim=True)))  # [B, 64, 1, 1]
-        return (f * gate).to(e.dtype)  # under autocast GroupNorm gives fp32
+        return (f * gate).to(e.dtype)  # GroupNorm gives fp32 even in half precision
 
 
 def corner_sign(theta: Tensor) -> Tensor:
     """-1 where two or more of the four corners are positive, else +1. -> [B, 1, 1, 1]"""
     h, w = theta.shape[2:]
-    corners = theta[:, :, :: h - 1, :: w - 1]  # [B, 1, 2, 2]
+    corners = theta[:, :, :: h - 1, :: w - 1]  # first and last row and column [B, 1, 2, 2]
     positive = (corners > 0).sum((2, 3), keepdim=True)
     return torch.where(positive >= 2, -1.0, 1.0)
 
@@ -310,7 +310,7 @@ class CueExtractor(nn.Module):
         self.se0 = SEBlock(3 * 64)
         self.adapter = SEBlock(c5) if adapter else None  # Ta
         if adapter and not released:
-            self.adapter.conv.padding_mode = "replicate"  # D12
+            self.adapter.conv.padding_mode = "replicate"  # released: zeros (D12)
 
     def activation(self, image: Tensor) -> Tensor:
         """theta, A2S's decision value of every pixel: [B, 3, H, W] -> [B, 1, H/4, W/4]"""
@@ -321,6 +321,8 @@ class CueExtractor(nn.Module):
         f5 = self.se5(e5)  # [B, 64, H/32, W/32]
         if self.adapter is not None:
             f5 = f5 + self.adapter(e5)  # Eq. 9
+
+        # One map, less its mean: A2S's adaptive decision boundary. The sum of 64 needs fp32.
         f = self.se0(torch.cat([resize(f3, e2), resize(f4, e2), resize(f5, e2)], 1))
         m = f.float().sum(1, keepdim=True)  # [B, 1, H/4, W/4]
         return m - m.mean((2, 3), keepdim=True)
@@ -331,7 +333,9 @@ class CueExtractor(nn.Module):
         Positive is salient. Of 6 channels the first three are the photo.
         """
         thetas = [self.activation(image[:, :3]) for image in images]
-        sign = self.sign(thetas[0])  # D6: the first size decides
+
+        # The first size decides which side is the object; released: each size for itself (D6).
+        sign = self.sign(thetas[0])
         signed = []
         for theta, image in zip(thetas, images):
             if self.released:
@@ -445,15 +449,18 @@ class Detector(nn.Module):
             channels = ((c2, c1), (c3, c2), (c4, c3), (c5, c4))  # of the level below, of the level
             return nn.ModuleList(Fusion(below, level, c5, c2) for below, level in channels)
 
+        # Two streams, the map that they share, two chains, and a head for each of four outputs.
         self.encoders = nn.ModuleList([rgb, modality])
         self.laterals = nn.ModuleList([laterals(rgb), laterals(modality)])
         self.global_info = GlobalInfo(2 * c5, c5)
         self.chains = nn.ModuleList([chain(), chain()])
         self.gate = ChannelGate(2 * c1)
         self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (2 * c1, c1, c1, c5))
+
+        # The start of what is not pretrained; the paper is silent, this is the released code's.
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("encoders."):
-                nn.init.normal_(module.weight, std=0.01)  # not in the paper; released code
+                nn.init.normal_(module.weight, std=0.01)
 
     def levels(self, stream: int, image: Tensor) -> list[Tensor]:
         """Five levels of one stream [B, 3, H, W]: at H/4 (after a pooling), H/4, H/8 ... H/32."""
@@ -480,6 +487,7 @@ class Detector(nn.Module):
             finer_b = chain_b[i](b, a, m[i], context)
             a, b = finer_a, finer_b
 
+        # Heads 0 to 3: both chains together (the output S), chain 1, chain 2, the global map.
         both = self.gate(torch.cat([a, b], 1))
         return [head(x).float() for head, x in zip(self.heads, (both, a, b, context))]
 
@@ -540,6 +548,8 @@ def cue_loss(
     loss = 0
     for theta, guide in zip(thetas, guides):
         loss = loss + (distilling_loss(theta, p, k) + gamma * btm_loss(theta, guide))
+
+    # L_sc compares at the first size.
     s, *scaled = [torch.sigmoid(theta.float()) for theta in thetas]
     for other in scaled:
         loss = loss + F.mse_loss(s, resize(other, s))
@@ -575,6 +585,7 @@ def detector_loss(
     `LABEL_LOSSES`. aux: weights of the heads of photo chain, modality chain, global map.
     released: D13.
     """
+    # The label loss of every head, at the size of its scale.
     loss = 0
     for share, heads in zip((1, 0.5), logits):
         target = F.interpolate(g, heads[0].shape[2:])  # nearest
@@ -583,6 +594,7 @@ def detector_loss(
             of_scale = of_scale + weight * LABEL_LOSSES[kind](y, target)
         loss = loss + share * of_scale
 
+    # L_ms compares the outputs S of both scales, at the size of the second.
     for heads in logits[1:]:
         first = resize(logits[0][0].detach(), heads[0], corners=released)
         loss = loss + F.mse_loss(torch.sigmoid(heads[0]), torch.sigmoid(first))
@@ -590,6 +602,9 @@ def detector_loss(
 
 
 # ---- Training ------------------------------------------------------------------------------------
+PARTS = ("image", "modality")  # what the bank holds of every photo
+
+
 def make_net(
     stage: int, args: argparse.Namespace, weights: str | None, adapter: bool = False
 ) -> nn.Module:
@@ -606,12 +621,16 @@ def make_net(
 
 def adapt(net: CueExtractor, path: Path) -> None:
     """Give `net` the weights of the checkpoint `path`, and freeze all but the new adapter."""
+    # The checkpoint lacks the adapter, which keeps its random start.
     new = {key: value for key, value in net.state_dict().items() if key.startswith("adapter.")}
-    runtime.load_state(net, runtime.load_checkpoint(path, METHOD, 1)["model"] | new, path)
+    trained = runtime.load_checkpoint(path, METHOD, 1)["model"]
+    runtime.load_state(net, trained | new, path)
     net.requires_grad_(False)
     net.adapter.requires_grad_(True)
+
+    # The gate starts at sigmoid(-4) = 0.02, so that F^ starts as T(F) (D12).
     if not net.released:
-        nn.init.constant_(net.adapter.gate.bias, -4)  # D12: a gate of 0.02, so F^ begins as T(F)
+        nn.init.constant_(net.adapter.gate.bias, -4)
 
 
 def check_sizes(photos: int, stages: list[int], bn: str, settings: Settings) -> None:
@@ -656,8 +675,11 @@ def curriculum(
 
     pcl: False leaves no pixel out. annealed: k falls from 2 to nearly 1, else it is 1.
     """
-    ec = int(time) + 1 if released else time  # D1
+    # Released: both count whole epochs, Ec from 1 (D1) and k's from 0.
+    ec = int(time) + 1 if released else time
     past = int(time) if released else time
+
+    # p falls from 0.2 to 0 within the first third of the epochs.
     p = max(0.0, 0.2 - 0.6 * ec / epochs) if pcl else 0.0
     k = 2 ** (1 - past / epochs) if annealed else 1.0
     return p, k
@@ -687,9 +709,9 @@ def train_cues(
     Trains what requires a gradient: all blocks, or in transfer the adapter alone. pcl, annealed:
     see `curriculum`. gamma: weight of L_btm. multi_scale: a second scale, and L_sc.
     """
+    # Photos and modalities, without masks; and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root, masks=False)
-    parts = ("image", "modality")
-    bank = Bank(photos, settings.size, settings.device, settings.out / "stage1", parts=parts)
+    bank = Bank(photos, settings.size, settings.device, settings.out / "stage1", parts=PARTS)
     optimiser = make_optimiser(net, decay=5e-4)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
     logit = partial(cue_logit, net, amp=settings.amp)
@@ -702,21 +724,24 @@ def train_cues(
             set_rate(optimiser, lr)
             p, k = curriculum(run.time, schedule.epochs, pcl, annealed, net.released)
 
+            # The photos at one or two sizes, and what L_btm compares.
             pair, has = read_pair(bank, index, flip)  # [B, 6, S, S], [B]
-            pairs = [pair]
-            if multi_scale:
-                pairs.append(second_scale(pair, random))
+            pairs = [pair, second_scale(pair, random)] if multi_scale else [pair]
             guides = [guide(scaled, has) for scaled in pairs]
+
+            # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
-                thetas = run.net(*pairs)
+                thetas = run.net(*pairs)  # [B, 1, S, S] and [B, 1, s, s]
             loss = cue_loss(thetas, guides, p, k, gamma)  # Eq. 13
 
+            # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
             run.scaler.scale(loss).backward()
             run.scaler.step(optimiser)
             run.scaler.update()
             run.add(loss=loss)
 
+        # Do the maps follow the photo, or the place in the picture? A mirrored photo tells.
         mirror = harness.mirror(logit, bank)
         run.end_epoch(lr=lr, mirror=mirror, **watch(logit, run.picture))
 
@@ -738,12 +763,12 @@ def train_detector(
     L_ms. spr: weights of prior, posterior and previous label. The labels as they are in the end
     are written to <out>/rectified: Tables 6 to 8 score them (python -m common.metrics).
     """
+    # The photos, their labels from stage 1, and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root, masks=False)
     labels = read_labels(photos.names, folder, settings)
-    parts = ("image", "modality")
-    bank = Bank(photos, settings.size, settings.device, settings.out / "stage2", parts=parts)
+    bank = Bank(photos, settings.size, settings.device, settings.out / "stage2", parts=PARTS)
     optimiser = make_optimiser(net, decay=0)
-    learning = False  # whether the encoders do
+    encoders_learn = False
     net.encoders.requires_grad_(False)
     run = Run(settings, 2, bank, net, optimiser, schedule, labels, "stage2")
     logit = partial(detector_logit, net, amp=settings.amp)
@@ -753,42 +778,51 @@ def train_detector(
         # Not in the paper; released code: in the first of 10 epochs the encoders are frozen, and
         # the labels stay as they are.
         warmed_up = schedule.reached(epoch, 2, PAPER["stage2"].epochs)
-        if warmed_up and not learning:
-            learning = True
+        if warmed_up and not encoders_learn:
+            encoders_learn = True
             net.encoders.requires_grad_(True)
-            run.net = settings.world.parallel(net)
-        rectifying = warmed_up and spr != [0, 0, 1]
+            run.net = settings.world.parallel(net)  # anew: it averages their gradients, too
+        rectifying = warmed_up and spr != [0, 0, 1]  # else the label stays the previous one
         random = generator("cpu", settings.seed, "side", epoch)
         for index, flip in run.batches():
             lr = falling_rate(run.time, schedule) if released else schedule.lr  # D4
             set_rate(optimiser, lr)
 
+            # The photos at one or two sizes, and their labels as they have been corrected so far.
             pair, _ = read_pair(bank, index, flip)  # [B, 6, S, S]
-            pairs = [pair]
-            if multi_scale:
-                pairs.append(second_scale(pair, random))
+            pairs = [pair, second_scale(pair, random)] if multi_scale else [pair]
             g = labels.read(index, flip)  # [B, 1, S, S]
+
+            # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
-                logits = run.net(*pairs)
+                logits = run.net(*pairs)  # four heads of each size
             loss = detector_loss(logits, (g > 0.5).float(), kind, aux, released)  # Eq. 15
 
+            # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
             run.scaler.scale(loss).backward()
             run.scaler.step(optimiser)
             run.scaler.update()
             run.add(loss=loss)
 
+            # The prediction before this step, of head 0 at the first size, corrects the label.
             if rectifying:
                 s = torch.sigmoid(logits[0][0].detach().float())
                 labels.write(index, flip, rectify(pair[:, :3], s, g, spr, released))  # Eq. 8
 
+        # Every process has corrected its own share of the labels; now all of them get all.
         if rectifying:
             labels.share(run.order, run.batch, settings.world)
         run.end_epoch(lr=lr, **watch(logit, run.picture))
 
     if settings.world.main:
-        for name, label in zip(photos.names, labels.pixels):
-            save_png(settings.out / "rectified" / f"{name}.png", label[0].cpu())
+        write_labels(photos.names, labels, settings.out / "rectified")
+
+
+def write_labels(names: list[str], labels: MapBank, folder: Path) -> None:
+    """Write the labels as stage 2 has left them, at --size pixels in 8 bits."""
+    for name, label in zip(names, labels.pixels):
+        save_png(folder / f"{name}.png", label[0].cpu())
 
 
 def read_pair(bank: Bank, index: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
@@ -909,7 +943,7 @@ def pixel_refiner(image: Tensor, s: Tensor, iterations: int = PAR_ITERATIONS) ->
     the weighted sum of its 32 neighbours. The weights add up to `PAR_SUM`, so that maps grow.
     """
     # The colour's distance to each neighbour, in units of the spread among them. 32 small sums are
-    # faster than one over a stack of all.
+    # faster than one over a stack of all. 0.3 and 0.01 are AFA's.
     near = around(image)
     mean = sum(near) / 32  # [B, 3, H, W]
     spread = (sum((x - mean).square() for x in near) / 31).sqrt() + 1e-8
@@ -931,8 +965,9 @@ def rectify(
 ) -> Tensor:
     """SPR, Eq. 8: G = l1 R_pri + l2 R_post + l3 G_pre, R_pri = PAR(image, s), R_post = s.
 
-    image [B, 3, H, W], s and g [B, 1, H, W] in [0, 1] -> [B, 1, H, W]. released: D5.
+    image [B, 3, H, W], s and g [B, 1, H, W] in [0, 1] -> [B, 1, H, W]. weights: l1, l2, l3.
     """
+    # PAR makes maps grow; released: its map and the label are divided by their maxima (D5).
     prior = pixel_refiner(image, s)
     if released:
         prior = prior / prior.amax((2, 3), keepdim=True)
