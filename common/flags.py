@@ -365,12 +365,15 @@ def settle(
     Raises `UserError` for what would come to light only after hours of training: an --eval set
     that is not there, has no masks (unless `captions` will do), or the name of another.
     """
+    # Where it runs.
     device, reason = runtime.pick_device(args.device)
     if args.deterministic:
         runtime.be_deterministic()
     if args.amp == "bf16" and runtime.precision(device, args.amp) is None:
         say("--amp bf16: this processor has no bf16 instructions, so fp32 is used, which is faster")
     world = runtime.join_world(device)
+
+    # What cannot work is refused.
     if args.batch_size % world.size:
         raise UserError(
             f"--batch-size {args.batch_size} cannot be split over {world.size} processes"
@@ -380,6 +383,8 @@ def settle(
             "--weights needs --eval SET or --predict PATH (training goes on with --resume)"
         )
     check_evaluation_sets(args, captions)
+
+    # Fields of `Settings` that are named like a flag have its value.
     names = Settings.__dataclass_fields__.keys() & vars(args).keys()
     values = {name: getattr(args, name) for name in names}
     values |= {"out": run_folder(args, method), "device": device, "world": world}
@@ -421,10 +426,13 @@ def checkpoint_of(args: argparse.Namespace, method: str, own: str) -> Path:
     that comes with the project); else of the run that --data or --out name; else, for --predict,
     the one that comes with the project. Raises `UserError` if that does not exist.
     """
+    # What --weights names; the networks that come with the project lie in data/networks.
     shipped = NETWORKS / f"{method}.pt"
     asked = str(args.weights) == "photos" and not args.weights.exists()
     if args.weights and not asked:
         return args.weights
+
+    # The run's own, unless no run is named and a network comes with the project.
     of_run = run_folder(args, method) / own
     named = args.out is not None and of_run.exists() or args.data != "shapes"
     unnamed = args.predict and not named
