@@ -784,7 +784,8 @@ def open_checkpoint(
         stage = saved["stage"]
         state = saved["model"]
         fixed = "backbone pixels borders released boundary threshold detector data".split()
-        args = flags.saved_flags(args, saved, fixed, free=["size", "sxy", "srgb", "unary"])
+        free = ["size", "sxy", "srgb", "unary"]
+        args = flags.saved_flags(build_parser(), args, saved, path, fixed, free)
         out = flags.out_of(args, path, METHOD, ("stage1", "stage2"))
         args = flags.replaced(args, out=out)
     args = complete(args)

@@ -1385,7 +1385,8 @@ def open_checkpoint(
         fixed = ["data", "released"]
         if stage != "caption":
             fixed += "encoder decoder width scales attn_norm attn_row maps live".split()
-        args = flags.saved_flags(args, saved, fixed, free=["size", "beam", "attn_row"])
+        free = ["size", "beam", "attn_row"]
+        args = flags.saved_flags(build_parser(), args, saved, path, fixed, free)
         args = flags.replaced(args, out=flags.out_of(args, path, METHOD, STAGES))
     args = complete(args)
 

@@ -237,8 +237,10 @@ def retargeted(args: argparse.Namespace) -> argparse.Namespace:
                 f"--data {args.data} --out {base}"
             )
         saved.append(runtime.load_checkpoint(path, METHOD, stage))
-    args = flags.saved_flags(args, saved[0], FIXED, FREE)
-    args = flags.saved_flags(args, saved[1], ["width"], [])  # stage 1 has no use for it
+    parser = build_parser()
+    args = flags.saved_flags(parser, args, saved[0], base / "stage1/last.pt", FIXED, FREE)
+    # Stage 1 has no use for the width of the detector.
+    args = flags.saved_flags(parser, args, saved[1], path, ["width"], [])
 
     data = args.transfer
     if data in TARGETS:
@@ -1042,7 +1044,7 @@ def open_checkpoint(
         runtime.check_checkpoint(saved, path, METHOD)
         stage = saved["stage"]
         state = saved["model"]
-        args = flags.saved_flags(args, saved, FIXED, FREE)
+        args = flags.saved_flags(build_parser(), args, saved, path, FIXED, FREE)
         out = flags.out_of(args, path, METHOD, ("stage1", "stage2"))
         args = flags.replaced(args, out=out)
     args = complete(args)

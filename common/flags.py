@@ -266,12 +266,23 @@ def could_be(action: argparse.Action, value: object) -> bool:
     """Whether a parser could have made `value` of this flag; None stands for the preset's value."""
     if isinstance(action.default, bool):
         return isinstance(value, bool)
-    if action.choices:
-        return value in [action.default, *action.choices]
-    try:
-        return value == action.default or (action.type or str)(str(value)) == value
-    except (ValueError, argparse.ArgumentTypeError):
-        return False
+    if value is None:
+        return action.default is None
+    if action.nargs in ("*", "+"):
+        whole = isinstance(value, (list, tuple))
+        values = value if whole else []
+    else:
+        whole = True
+        values = [value]
+
+    kind = action.type or str
+    for one in values:
+        try:
+            if kind(str(one)) != one or (action.choices and one not in action.choices):
+                return False
+        except (ValueError, argparse.ArgumentTypeError):
+            return False
+    return whole
 
 
 def saved_flags(
@@ -299,7 +310,7 @@ def saved_flags(
         if action.dest in names and not could_be(action, value):
             flag = action.option_strings[0]
             raise UserError(
-                f"{path} is a damaged checkpoint: {flag} cannot be {value!r}; fetch or make it again"
+                f"{path} is a damaged checkpoint: {flag} cannot be {value!r}; make it again"
             )
     if saved["args"].get("dry_run"):
         say("warning: this network was made by --dry-run and has learnt next to nothing")

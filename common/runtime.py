@@ -368,18 +368,30 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+# What a numpy number (the best score so far) is made by. numpy 1 calls the module numpy.core. No
+# object but numbers is made: dtypes of other kinds are not in the list.
+_SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bBhilfd"),
+]
+
+
 def torch_load(path: str | Path) -> dict:
     """`torch.load` of a dict of tensors and plain values, on the CPU; no other object is made.
 
-    Settings that many training scripts store beside the weights (an argparse.Namespace) are plain
-    values, too. Raises `UserError` that names an object which is not loaded for safety's sake.
+    What many training scripts store beside the weights, an argparse.Namespace of settings or a
+    number of numpy's, is a plain value, too. Raises `UserError` that names an object which is not
+    loaded for safety's sake.
     """
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
     if Path(path).stat().st_size == 0:
         raise UserError(f"{path} is empty; fetch or make it again")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_SCALARS]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, and unicode errors of many kinds
         if out_of_memory(error):
@@ -390,6 +402,10 @@ def torch_load(path: str | Path) -> dict:
                 f"{path} holds an object that could run code when it is loaded ({objects[0]}); "
                 "save its weights alone: torch.save(checkpoint['state_dict'], FILE)"
             ) from None
+        with open(path, "rb") as file:
+            written_by_torch = file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+        if not written_by_torch:
+            raise UserError(f"{path} is no file that torch.save wrote; fetch it again") from None
         raise UserError(
             f"{path} is not a readable file of tensors ({first_line(error)[:80]}); fetch or make "
             "it again"
@@ -407,7 +423,7 @@ def load_state(
     """Strict `load_state_dict` that accounts for every key.
 
     surplus: prefixes of keys that the file may have and `module` does not need (a classifier).
-    Raises `UserError` that names missing, unexpected and misshapen keys.
+    Raises `UserError` that names missing, unexpected and misshapen keys, and those without floats.
     """
     own = module.state_dict()
     wanted = {}
@@ -417,9 +433,13 @@ def load_state(
     # BatchNorm's batch counters appeared in torch 0.4.1: older files lack them, nothing uses them
     missing = [key for key in own if key not in wanted and not key.endswith("num_batches_tracked")]
     common = [key for key in own if key in wanted]
-    no_tensors = [key for key in common if not isinstance(wanted[key], torch.Tensor)]
-    misshapen = [
-        key for key in common if key not in no_tensors and wanted[key].shape != own[key].shape
+    no_tensors = [key for key in common if not is_dense(wanted[key])]
+    tensors = [key for key in common if key not in no_tensors]
+    misshapen = [key for key in tensors if wanted[key].shape != own[key].shape]
+    no_floats = [
+        key
+        for key in tensors
+        if own[key].is_floating_point() and not wanted[key].is_floating_point()
     ]
     problems = []
     for what, keys in (
@@ -427,6 +447,7 @@ def load_state(
         ("unexpected", [key for key in wanted if key not in own]),
         ("that are no tensors", no_tensors),
         ("of another shape", misshapen),
+        ("that are no floating-point numbers", no_floats),
     ):
         if keys:
             more = ", …" if len(keys) > 3 else ""
@@ -439,6 +460,11 @@ def load_state(
         if wanted[key].is_floating_point() and not wanted[key].isfinite().all():
             raise UserError(f"{source} is damaged: {key} holds values that are not finite numbers")
     module.load_state_dict({**own, **wanted})
+
+
+def is_dense(value: object) -> bool:
+    """Whether a value is a tensor that holds all its numbers, neither sparse nor without memory."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def save_checkpoint(path: str | Path, **content) -> None:

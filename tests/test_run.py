@@ -1,9 +1,11 @@
 """The run folder: claimed, locked, resumed, logged; flags that become settings; what pipes do."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from PIL import Image
 
 import class_net
 from common import flags, run, runtime
+from common.bank import Bank, MapBank
+from common.datasets import open_set
 from common.flags import Schedule
 from common.runtime import UserError
 
@@ -123,6 +127,82 @@ def test_a_dry_run_s_network_is_told_from_a_trained_one(lists, tmp_path, capsys)
     capsys.readouterr()
     class_net.main(["--weights", str(tmp_path / "run" / "last.pt"), *small[2:4]])
     assert "made by --dry-run" in capsys.readouterr().out
+
+
+def small_stage(lists, out, *more) -> run.Run:
+    """A stage that trains one number and writes to its labels; the bank holds 16 photos."""
+    parser = class_net.build_parser()
+    args = parser.parse_args([*small_flags(lists, epochs=2), "--out", str(out), *more])
+    settings = flags.settle(class_net.complete(args), "class_net", quiet=True)
+    bank = Bank(open_set(settings.data), 8, settings.device)
+    labels = MapBank(lambda i: torch.zeros(1, 8, 8, dtype=torch.uint8), 16, 8, settings.device)
+    net = torch.nn.Linear(1, 1)
+    optimiser = torch.optim.SGD(net.parameters(), 0.1)
+    return run.Run(settings, 1, bank, net, optimiser, Schedule(2, 0.1), labels)
+
+
+@pytest.mark.parametrize("phase", ["last.pt", "labels_002.pt"])
+def test_a_full_disk_leaves_the_older_checkpoint_whole(lists, tmp_path, monkeypatch, phase):
+    """The disk is full when the second epoch's weights, or its labels, are half written."""
+    write_bytes = Path.write_bytes
+
+    def on_full_disk(path, content):
+        if phase in path.name:
+            write_bytes(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, content)
+
+    def train(stage, epoch):
+        torch.nn.init.constant_(stage.raw.weight, epoch)
+        stage.labels.pixels.fill_(epoch)
+        stage.labels.changed = True
+        stage.save()
+
+    stage = small_stage(lists, tmp_path)
+    epochs = stage.epochs()
+    train(stage, next(epochs))
+    monkeypatch.setattr(Path, "write_bytes", on_full_disk)
+    with pytest.raises(UserError, match=f"cannot write .*{phase} .No space left on device"):
+        train(stage, next(epochs))
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert not list(tmp_path.glob("**/*.part"))
+
+    again = small_stage(lists, tmp_path, "--resume")
+    assert (again.done, again.raw.weight.item()) == (1, 1)
+    assert (again.labels.pixels == 1).all()
+    train(again, next(again.epochs()))
+    done = last(tmp_path)
+    assert done["epoch"] == 2 and (done["labels"] == 2).all()
+    assert [path.name for path in tmp_path.glob("labels_*")] == ["labels_002.pt"]
+
+
+def test_flags_of_a_damaged_checkpoint_are_refused_by_name(tmp_path):
+    parser = class_net.build_parser()
+    args = parser.parse_args([])
+    names = ["backbone", "pixels", "attention", "released", "data", "size"]
+    good = vars(parser.parse_args("--backbone tiny --size 64 --pixels unit".split()))
+    path = tmp_path / "last.pt"
+
+    def taken(**changes):
+        return flags.saved_flags(parser, args, {"args": good | changes}, path, names, [])
+
+    assert (taken().backbone, taken().size) == ("tiny", 64)
+    assert taken(attention=[]).attention == [] and taken(size=None).size is None
+    wrong = {
+        "pixels": [[], "other", 0],
+        "backbone": [5, "resnet51", ["tiny"], torch.ones(2)],
+        "size": [float("nan"), 0, -1, "64", 64.0, True],
+        "attention": ["channel", ["other"], None, [[]]],
+        "released": [1, "yes", None],
+        "data": [0, None, ["shapes"]],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"{path} is a damaged checkpoint: --{name} cannot"):
+                taken(**{name: value})
+    del good["size"]
+    with pytest.raises(UserError, match=f"{path} was made by another version: it lacks size"):
+        taken()
 
 
 # ---- What a run leaves behind --------------------------------------------------------------------

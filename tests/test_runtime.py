@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -99,11 +100,46 @@ def test_checkpoints_of_others_are_refused_by_name(tmp_path):
     runtime.save_checkpoint(path, method="a2s", stage=1, epoch="2", args={})
     with pytest.raises(UserError, match=r"damaged checkpoint \(epoch, model missing or of a wrong"):
         runtime.load_checkpoint(path, "a2s")
-    path.write_bytes(b"PK half a zip")
+    path.write_bytes(b"PK\x03\x04 half a zip")
     with pytest.raises(UserError, match="not a readable file of tensors"):
         runtime.load_checkpoint(path, "a2s")
     with pytest.raises(UserError, match="there is no file"):
         runtime.load_checkpoint(tmp_path / "none.pt", "a2s")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1", b"PK\x05\x06" + bytes(18)],
+)
+def test_what_torch_did_not_write_is_told_so(tmp_path, content):
+    """A web page, a pointer of git LFS, an empty zip: not torch's long text on safety."""
+    path = tmp_path / "w.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"w.pth is no file that torch.save wrote; fetch it again$"):
+        runtime.torch_load(path)
+
+
+def test_numbers_of_numpy_beside_the_weights_are_read(tmp_path):
+    path = tmp_path / "w.pth"
+    numbers = {"best": np.float64(0.25), "small": np.float32(0.5), "epoch": np.int64(7)}
+    torch.save(numbers | {"flag": np.bool_(True)}, path)
+    assert runtime.torch_load(path) == {"best": 0.25, "small": 0.5, "epoch": 7, "flag": True}
+    torch.save({"a": np.zeros(2)}, path)  # not an array, which weights do not need
+    with pytest.raises(UserError, match=r"holds an object .*multiarray._reconstruct"):
+        runtime.torch_load(path)
+
+
+def test_load_state_takes_nothing_but_floats_for_floats():
+    net = nn.Linear(2, 3)
+    good = net.state_dict()
+    for wrong in (torch.ones(3, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.complex64)):
+        with pytest.raises(UserError, match=r"1 that are no floating-point numbers \(weight\)"):
+            runtime.load_state(net, {**good, "weight": wrong}, "f")
+    for wrong in (torch.eye(3, 2).to_sparse(), torch.empty(3, 2, device="meta"), None):
+        with pytest.raises(UserError, match=r"1 that are no tensors \(weight\)"):
+            runtime.load_state(net, {**good, "weight": wrong}, "f")
+    runtime.load_state(net, {**good, "weight": torch.ones(3, 2, dtype=torch.half)}, "f")
+    assert (net.weight == 1).all()
 
 
 def test_load_state_accounts_for_every_key():
