@@ -10,6 +10,7 @@ from tests.experiments.tables import (
     options,
     photo_flags,
     run_folder,
+    shown,
     spread,
     train,
     wanted,
@@ -47,9 +48,11 @@ def main() -> None:
                 command = f"{flags} --stage 1 --epochs 3 --seed {seed} {change}"
                 found.append(train(args, "a2s.py", folder, command))
             rows.append([name, *stage_1_cells(found)])
-            commands.append(f"`{found[0]['command']}`, commit {found[0]['commit']}")
+            command = shown(args, found[0]["command"])
+            commands.append(f"`{command}`, commit {found[0]['commit']}")
     header = "stage 1 | activation F | activation MAE | label F | label MAE | mirror | minutes"
-    write_table("docs/a2s.md", "a2s_photos", header.split(" | "), rows, commands[:1])
+    if rows:
+        write_table("docs/a2s.md", "a2s_photos", header.split(" | "), rows, commands[:1])
 
     rows, commands = [], []
     for name, change in STAGE_2.items():
@@ -61,9 +64,11 @@ def main() -> None:
                 command = f"{flags} --stage 2 --epochs 6 --seed {seed} {change}"
                 found.append(train(args, "a2s.py", folder, command))
             rows.append([name, *stage_2_cells(found)])
-            commands.append(f"`{found[0]['command']}`, commit {found[0]['commit']}")
+            command = shown(args, found[0]["command"])
+            commands.append(f"`{command}`, commit {found[0]['commit']}")
     header = "stage 2 | F | F_max | S | MAE | minutes"
-    write_table("docs/a2s.md", "a2s_stage2", header.split(" | "), rows, commands[:1])
+    if rows:
+        write_table("docs/a2s.md", "a2s_stage2", header.split(" | "), rows, commands[:1])
 
 
 def share_labels(args, folder: str, seed: int) -> None:

@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, script: str, name: str, flags: str) -> dict:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
     )
     result = {
-        "command": f"python {script} {flags}",
+        "command": shown(args, f"python {script} {flags}"),
         "commit": commit.stdout.strip(),
         "minutes": round((time.time() - start) / 60, 1),
         "scores": {title.split("test140")[-1]: row for title, row in scores.items()},
@@ -86,6 +86,15 @@ def train(args: argparse.Namespace, script: str, name: str, flags: str) -> dict:
     }
     record.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def shown(args: argparse.Namespace, command: str) -> str:
+    """A command as the pages show it: DIR and FILE instead of the paths of this machine."""
+    if args.data_root != "data":
+        command = command.replace(args.data_root, "DIR")
+    if args.backbone_weights != "imagenet":
+        command = command.replace(args.backbone_weights, "FILE")
+    return " ".join(command.split())
 
 
 def spread(values: Sequence[float]) -> str:
