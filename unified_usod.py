@@ -419,8 +419,9 @@ class Fusion(nn.Module):
 
 
 class Detector(nn.Module):
-    r"""Stage 2, the SD: MIDD, two encoders and two chains that decode photo and modality together.
+    r"""Stage 2, the SD: two encoders, and two chains that decode photo and modality together.
 
+    The network is MIDD (Tu et al., "Multi-interactive Dual-decoder", IEEE TIP 2021).
     P1 ... P5 and M1 ... M5 are the levels of photo and modality, C is the global map of P5 and M5.
     A `Fusion` makes each of a4 ... a1 and b4 ... b1: of the two maps on its left, of the level
     above or below it, and of C.
