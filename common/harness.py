@@ -252,6 +252,8 @@ def predict(
     kinds = {"": True, "_cutout": settings.cutout, "_overlay": overlay}
     suffixes = [suffix for suffix, asked in kinds.items() if asked]
     check_names([name + suffix for name in photos.names for suffix in suffixes])
+    if settings.world.main:
+        runtime.lock(folder)  # which also tells data sets that no photos lie here
     if skip_existing:
         todo = [i for i, name in enumerate(photos.names) if not (folder / f"{name}.png").exists()]
         say(f"{len(photos) - len(todo)} of {len(photos)} maps exist already")

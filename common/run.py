@@ -70,6 +70,9 @@ def claim(settings: Settings, stages: dict[str, Schedule]) -> None:
     folder, a run with other flags or an unfinished one is there, --resume finds nothing to resume,
     or --dry-run meets a full run.
     """
+    photos = Path(settings.data)
+    if photos.is_dir() and photos.resolve() == settings.out.resolve():
+        raise UserError(f"--out {settings.out} is the folder of the photos: give another one")
     if settings.world.main:
         runtime.lock(settings.out)
         runtime.remove_parts(settings.out)

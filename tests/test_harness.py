@@ -9,6 +9,7 @@ from helpers import write_photo
 from PIL import Image
 
 from common import harness
+from common.datasets import open_set
 from common.flags import Settings
 from common.runtime import UserError, World
 
@@ -43,7 +44,7 @@ def test_one_broken_photo_does_not_end_a_folder(tmp_path):
         UserError, match=r"1 photo\(s\) could not be read: .*b.jpg is not a picture"
     ):
         harness.predict(brightness, settings(tmp_path, [photos]))
-    assert {p.stem for p in (tmp_path / "run/predict").iterdir()} == {"a", "c", "d", "e"}
+    assert {p.stem for p in (tmp_path / "run/predict").glob("*.png")} == {"a", "c", "d", "e"}
 
 
 def test_several_paths_and_names_that_collide(tmp_path):
@@ -73,7 +74,15 @@ def test_its_own_maps_are_never_mapped(tmp_path):
     write_photo(tmp_path / "a.jpg")
     for _ in range(2):  # the run folder is the folder of the photos
         harness.predict(brightness, settings(tmp_path, [tmp_path], out=tmp_path))
-    assert [p.name for p in (tmp_path / "predict").iterdir()] == ["a.png"]
+    assert [p.name for p in (tmp_path / "predict").glob("*.png")] == ["a.png"]
+
+
+def test_maps_are_never_taken_for_photos_to_learn(tmp_path):
+    """`cd photos && python a2s.py --predict .`, then `--data .`: only the photo is one."""
+    write_photo(tmp_path / "a.jpg")
+    harness.predict(brightness, settings(tmp_path, [tmp_path]))
+    assert (tmp_path / "run/predict/a.png").exists()
+    assert open_set(tmp_path, masks=False).names == ["a"]
 
 
 def test_existing_maps_are_skipped_when_asked_to(tmp_path, capsys):

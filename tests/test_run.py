@@ -80,6 +80,12 @@ def test_a_folder_is_written_to_by_one_process_at_a_time(lists, tmp_path):
     assert run_script("class_net.py", *small).returncode == 0
 
 
+def test_the_folder_of_the_photos_is_no_run_folder(tmp_path):
+    write_photo(tmp_path / "images" / "a.jpg")
+    sentence = refused(class_net.main, "--data", tmp_path, "--backbone", "tiny", "--out", tmp_path)
+    assert "is the folder of the photos" in sentence
+
+
 def test_temporary_files_of_a_killed_process_are_removed(trained, tmp_path):
     rest = tmp_path / "run" / "pred" / ".x.png.123.part"
     rest.write_text("half a file")
