@@ -229,7 +229,7 @@ def test_the_second_scale_is_compared_with_a_map_whose_corners_are_aligned_or_no
 
 
 def test_no_gradient_flows_from_the_second_scale_into_the_first():
-    y = [torch.zeros(1, 1, 4, 4, requires_grad=True) for _ in range(2)]
+    y = [torch.full((1, 1, 4, 4), value, requires_grad=True) for value in (1.0, -2.0)]
     zero = torch.zeros(1, 1, 4, 4)
     scales = [[one, zero, zero, zero] for one in y]
     both = usod.detector_loss(scales, zero, "iou", [0, 0, 0])
