@@ -103,7 +103,7 @@ def test_unknown_and_unreadable_weights_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="tiny knows only shapes, none"):
         backbone("tiny", "imagenet")
     (tmp_path / "w.pth").write_text("not weights")
-    with pytest.raises(UserError, match="w.pth is not a readable file of tensors"):
+    with pytest.raises(UserError, match="w.pth is no file that torch.save wrote"):
         backbone("resnet18", str(tmp_path / "w.pth"))
 
 

@@ -249,6 +249,7 @@ class Photos:
     """Stands for a bank of four photos."""
 
     names = list("abcd")
+    file_sizes = [1, 2, 3, 4]
 
     def __len__(self):
         return 4
