@@ -80,7 +80,7 @@ Shapes: B batch, H W input size, h w feature size, C channels, T words. Images a
 import argparse
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -176,110 +176,70 @@ def build_parser() -> argparse.ArgumentParser:
         "The docstring of this file explains the method and D1 to D12.",
     )
     flags.add_flags(parser, PAPER, SHAPES)
-    method = parser.add_argument_group("method")
-    add = method.add_argument
+    add = parser.add_argument_group("method").add_argument
     add("--stage", choices=STAGES, help="one stage only [all of them]")
     add("--released", action="store_true", help="the code of F3Net and VirTex")
-    add_saliency_flags(method)
-    add_guidance_flags(method)
-    add_captioner_flags(parser.add_argument_group("captioner"))
+    add_saliency_flags(parser.add_argument_group("saliency branch").add_argument)
+    add_guidance_flags(parser.add_argument_group("guidance").add_argument)
+    add_captioner_flags(parser.add_argument_group("captioner").add_argument)
     return parser
 
 
-def add_saliency_flags(group: argparse._ArgumentGroup) -> None:
+def add_saliency_flags(add: Callable) -> None:
     """The saliency branch: its network, its start and its loss."""
-    add = group.add_argument
     usual = flags.defaults("encoder", PAPER, SHAPES)
     add("--encoder", choices=MIT, help=f"of the saliency branch, Table 2 {usual}")
     add("--encoder-weights", metavar="FILE", help="MiT's weights, or none")
     add("--pretrained", metavar="FILE", help="checkpoint to start stage sod from")
-    add(
-        "--decoder",
-        choices=("mlp", "literal", *RIVALS),
-        default="mlp",
-        help="Table 4 and D2 [mlp]",
-    )
+    decoders = ("mlp", "literal", *RIVALS)
+    add("--decoder", choices=decoders, default="mlp", help="Table 4 and D2 [mlp]")
     add("--width", type=flags.positive, help="channels of the decoder [see D2]")
     add("--bce", choices=("weighted", "coded"), help="see D3 [weighted]")
-    add(
-        "--crop",
-        type=float,
-        default=0.125,
-        metavar="SHARE",
-        help="most that training cuts from either axis [0.125]",
-    )
+    text = "most that training cuts from either axis [0.125]"
+    add("--crop", type=float, default=0.125, metavar="SHARE", help=text)
 
 
-def add_guidance_flags(group: argparse._ArgumentGroup) -> None:
+def add_guidance_flags(add: Callable) -> None:
     """How maps of words guide the saliency branch."""
-    add = group.add_argument
     add("--sod", metavar="FILE", help="for control, guide [<out>/sod/last.pt]")
-    add(
-        "--captioner",
-        metavar="FILE",
-        help="for guide, ours or VirTex's bicaptioning [<out>/caption/last.pt]",
-    )
-    add(
-        "--scales",
-        type=int,
-        nargs="+",
-        choices=(1, 2, 3, 4),
-        help="guided scales, from 1, the finest, Table 3 [all that the decoder uses]",
-    )
-    add(
-        "--attn-norm",
-        choices=("minmax", "max", "mean", "l1"),
-        default="minmax",
-        help="normalise in Eq. 3, see D8 [minmax]",
-    )
+    text = "for guide, ours or VirTex's bicaptioning [<out>/caption/last.pt]"
+    add("--captioner", metavar="FILE", help=text)
+    text = "guided scales, from 1, the finest, Table 3 [all that the decoder uses]"
+    add("--scales", type=int, nargs="+", choices=(1, 2, 3, 4), help=text)
+    norms = ("minmax", "max", "mean", "l1")
+    add("--attn-norm", choices=norms, default="minmax", help="normalise in Eq. 3, D8 [minmax]")
     add("--attn-row", choices=("predict", "read"), help="see D7 [predict]")
     add("--xi-init", choices=("zero", "normal"), default="zero", help="see D9 [zero]")
-    add(
-        "--maps",
-        choices=MAPS,
-        default="own",
-        help="train guide with the photo's own map or, to see if it matters, with another "
-        "photo's, the mean of all, a Gaussian in the centre, or the mask [own]",
+    text = (
+        "train guide with the photo's own map or, to see if it matters, with another photo's, the "
+        "mean of all, a Gaussian in the centre, or the mask [own]"
     )
-    add(
-        "--test-maps",
-        choices=TEST_MAPS,
-        help="score guide with these; mean: that of training [own; with --maps mean, centre or "
-        "mask what training used]",
+    add("--maps", choices=MAPS, default="own", help=text)
+    text = (
+        "score guide with these; mean: that of training [own; with --maps mean, centre or mask "
+        "what training used]"
     )
+    add("--test-maps", choices=TEST_MAPS, help=text)
     add("--live", action="store_true", help="describe every photo in every step, see D10")
 
 
-def add_captioner_flags(group: argparse._ArgumentGroup) -> None:
+def add_captioner_flags(add: Callable) -> None:
     """The captioner: its photos, its network and its words."""
-    add = group.add_argument
     add("--captions", metavar="SET", help="captioned photos [paper COCO-captions, shapes --data]")
-    add(
-        "--taps",
-        type=flags.positive,
-        help="how many of the CNN's deepest maps make the grid, see D6 "
-        + flags.defaults("taps", PAPER, SHAPES),
-    )
+    usual = flags.defaults("taps", PAPER, SHAPES)
+    text = f"how many of the CNN's deepest maps make the grid, see D6 {usual}"
+    add("--taps", type=flags.positive, help=text)
     add("--plain-grid", action="store_true", help="do not standardise it, see D6")
-    add(
-        "--freeze",
-        action=argparse.BooleanOptionalAction,
-        help="the captioner's CNN keeps its weights [paper no, shapes yes]",
-    )
-    hidden = flags.defaults("hidden", PAPER, SHAPES)
-    add("--hidden", type=flags.positive, help=f"width of the text decoder {hidden}")
+    text = "the captioner's CNN keeps its weights [paper no, shapes yes]"
+    add("--freeze", action=argparse.BooleanOptionalAction, help=text)
+    usual = flags.defaults("hidden", PAPER, SHAPES)
+    add("--hidden", type=flags.positive, help=f"width of the text decoder {usual}")
     add("--layers", type=flags.positive, default=1, help="of the text decoder [1]")
     add("--beam", type=flags.positive, help="captions tried at once; 1 is greedy [5]")
-    add(
-        "--vocabulary",
-        metavar="FILE",
-        help="VirTex's (SentencePiece's .vocab), without which words are numbers",
-    )
-    add(
-        "--words",
-        action="store_true",
-        help="--predict also draws the map of each word of the caption, Fig. 9",
-    )
+    text = "VirTex's (SentencePiece's .vocab), without which words are numbers"
+    add("--vocabulary", metavar="FILE", help=text)
+    text = "--predict also draws the map of each word of the caption, Fig. 9"
+    add("--words", action="store_true", help=text)
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -309,8 +269,6 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         )
     if args.size < 32:
         raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 32")
-    if args.hidden % 64:
-        raise UserError(f"--hidden {args.hidden} is not a multiple of 64, the width of a head")
     if not 0 <= args.crop < 1:
         raise UserError(f"--crop {args.crop} is not a share from 0 to less than 1")
     return args
@@ -1039,38 +997,46 @@ def plan_of(net: SDGSOD | Captioner) -> dict:
     return {"captioner_plan": captioner.plan._asdict()} if captioner else {}
 
 
-def read_plan(saved: dict, path: str | Path) -> Plan:
-    """The plan in a checkpoint of stage caption or guide; raises `UserError` if it has none."""
+def make_plan(lexicon: list[str], args: argparse.Namespace) -> Plan:
+    """The plan with these words that the flags describe."""
+    return Plan(lexicon, **{name: getattr(args, name) for name in Plan._fields[1:]})
+
+
+def load_plan(saved: dict, path: str | Path, args: argparse.Namespace) -> Plan:
+    """The plan in a checkpoint of stage caption or guide; raises `UserError` if there is none.
+
+    --vocabulary replaces its words.
+    """
     plan = saved["args"].get("captioner_plan")
-    if not isinstance(plan, dict) or set(plan) != set(Plan._fields):
-        raise UserError(f"{path} was made by another version: it lacks the plan of its captioner")
-    return Plan(**plan)
+    lexicon = plan.get("lexicon") if isinstance(plan, dict) else None
+    if not isinstance(lexicon, list) or not all(isinstance(word, str) for word in lexicon):
+        raise UserError(
+            f"{path} was made by another version: it lacks the plan of its captioner; train again"
+        )
+    saved = {"args": plan}
+    args = flags.saved_flags(build_parser(), args, saved, path, Plan._fields[1:], free=[])
+    if args.hidden % 64:
+        raise UserError(f"{path} is a damaged checkpoint: --hidden cannot be {args.hidden}")
+    return with_vocabulary(make_plan(lexicon, args), args.vocabulary)
 
 
 def make_captioner(plan: Plan, args: argparse.Namespace, weights: str | None) -> Captioner:
     """A captioner on the CPU, untrained except for its CNN; `weights` as for `backbone`."""
     kept = weights != "none"  # D5: statistics of BatchNorm that came with weights are kept
     encoder = backbone(plan.backbone, weights, plan.pixels, kept, borders=plan.borders)
-    captioner = Captioner(
-        encoder,
-        plan.lexicon,
-        plan.hidden,
-        plan.layers,
-        plan.taps,
-        plan.plain_grid,
-        args.attn_row,
-        args.beam,
-        args.released,
-    )
+    shape = (plan.lexicon, plan.hidden, plan.layers, plan.taps, plan.plain_grid)
+    captioner = Captioner(encoder, *shape, args.attn_row, args.beam, args.released)
     captioner.plan = plan
     return captioner
 
 
 def make_new_captioner(lexicon: list[str], args: argparse.Namespace) -> Captioner:
     """The captioner that stage caption starts from, on the CPU."""
-    given = {name: getattr(args, name) for name in Plan._fields if name != "lexicon"}
+    if args.hidden % 64:
+        raise UserError(f"--hidden {args.hidden} is not a multiple of 64, the width of a head")
     usual = "imagenet" if args.backbone == "resnet50" else None
-    captioner = make_captioner(Plan(lexicon, **given), args, args.backbone_weights or usual)
+    weights = args.backbone_weights or usual
+    captioner = make_captioner(make_plan(lexicon, args), args, weights)
     captioner.encoder.requires_grad_(not args.freeze)
     return captioner
 
@@ -1086,11 +1052,10 @@ def load_captioner(
     if "method" in saved:
         runtime.check_checkpoint(saved, path, METHOD, "caption")
         state = saved["model"]
-        plan = read_plan(saved, path)
+        plan = load_plan(saved, path, args)
     else:
         state = virtex_state(named_tensors(saved.get("model", saved), path))
-        plan = virtex_plan(state, path)
-    plan = with_vocabulary(plan, args.vocabulary)
+        plan = with_vocabulary(virtex_plan(state, path), args.vocabulary)
     captioner = make_captioner(plan, args, "none")
     runtime.load_state(captioner, state, path)
     return captioner
@@ -1102,16 +1067,9 @@ def virtex_plan(state: dict[str, Tensor], path: str | Path) -> Plan:
     if words is None or words.ndim != 2 or words.shape[1] % 64:
         raise UserError(f"{path} holds neither a captioner of sdg_sod.py nor one of VirTex")
     layers = {key.split(".")[1] for key in state if key.startswith("forwards.")}
-    return Plan(
-        lexicon=captions.numbers(len(words)),
-        hidden=words.shape[1],
-        layers=len(layers),
-        taps=1,
-        plain_grid=True,
-        backbone="resnet50",
-        pixels="imagenet",
-        borders="zeros",
-    )
+    cnn = {"backbone": "resnet50", "pixels": "imagenet", "borders": "zeros"}
+    lexicon = captions.numbers(len(words))
+    return Plan(lexicon, words.shape[1], len(layers), taps=1, plain_grid=True, **cnn)
 
 
 def with_vocabulary(plan: Plan, file: str | None) -> Plan:
@@ -1341,19 +1299,22 @@ def study_maps(captioner: Captioner, settings: Settings) -> None:
             found.report(dataset.title, usual, settings.seed, settings.out / "caption")
 
 
-def predict_words(net: nn.Module, settings: Settings) -> list[str]:
+def predict_words(net: nn.Module, settings: Settings, kind: str) -> list[str]:
     """Write <out>/predict/<name>_words.png: photo, saliency unless of stage caption, words.
 
-    Returns the reasons why photos could not be read.
+    kind: of the map that guides, "own" or "mean". Returns the reasons why photos could not be read.
     """
     folder = settings.out / "predict"
     photos = harness.open_photos(settings.predict, settings.data_root, skip=folder)
     harness.check_names([*photos.names, *(f"{name}_words" for name in photos.names)])
     captioner = net if isinstance(net, Captioner) else net.captioner
-    lines, broken = [], []
+    lines = []
+    broken = []
     for samples, images in harness.batches_of(photos, settings, "words", broken):
         described, m = describe(captioner, images, settings.amp)
         saliency = None
+        if kind == "mean" and net is not captioner:
+            m = net.mean_map
         if net is not captioner:
             saliency = torch.sigmoid(saliency_logit(net, images, settings.amp, m))
         for i, (said, maps) in enumerate(described):
@@ -1394,8 +1355,8 @@ def open_checkpoint(
         return args, stage, load_captioner(path, args, saved)
     net = make_net(args)
     if stage == "guide":
-        plan = with_vocabulary(read_plan(saved, path), args.vocabulary)
-        net = make_guided(net, make_captioner(plan, args, "none"), args)
+        captioner = make_captioner(load_plan(saved, path, args), args, "none")
+        net = make_guided(net, captioner, args)
     runtime.load_state(net, saved["model"], path)
     return args, stage, net
 
@@ -1441,7 +1402,7 @@ def use(args: argparse.Namespace) -> None:
         harness.save_results(results, settings, settings.out / stage)
     broken = []
     if args.predict and (stage == "caption" or args.words):
-        broken = predict_words(net, settings)
+        broken = predict_words(net, settings, args.test_maps)
     if args.predict and stage != "caption":
         forward = prediction(net, args.test_maps, settings.amp)
         harness.predict(forward, settings, args.overlay, args.skip_existing)

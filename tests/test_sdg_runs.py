@@ -62,7 +62,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(sdg_sod, "evaluate", lambda *_: {})
     monkeypatch.setattr(sdg_sod, "study", lambda *_: None)
     monkeypatch.setattr(sdg_sod, "study_maps", lambda *_: None)
-    monkeypatch.setattr(harness, "Watch", lambda settings: lambda *_: {})
+    monkeypatch.setattr(harness, "Watch", lambda *_: lambda *_: {})
 
 
 def main(*flags) -> None:
@@ -103,7 +103,8 @@ def test_help_works_offline_and_names_every_group(capsys):
         main("--help")
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for group in ("daily use", "method", "captioner", "backbone", "training", "runtime", "output"):
+    groups = "daily use, method, saliency branch, guidance, captioner, backbone, training, output"
+    for group in groups.split(", "):
         assert f"\n{group}:" in printed
 
 
@@ -657,20 +658,25 @@ def test_odd_files_are_no_captioner(tmp_path, content):
     assert "x.pt" in refused("--weights", tmp_path / "x.pt", "--eval", "shapes-test")
 
 
-def test_a_checkpoint_without_its_plan_is_refused(base, tmp_path):
-    for stage in ("caption", "guide"):
-        for plan in (None, {"hidden": 64}):
-            saved = last(base[0], stage)
-            saved["args"]["captioner_plan"] = plan
-            torch.save(saved, tmp_path / "last.pt")
-            sentence = refused("--weights", tmp_path / "last.pt", "--eval", "shapes-test")
-            assert "it lacks the plan of its captioner" in sentence
+@pytest.mark.parametrize("stage", ["caption", "guide"])
+def test_a_checkpoint_without_a_sound_plan_is_refused(base, tmp_path, stage):
+    saved = last(base[0], stage)
+    plan = saved["args"]["captioner_plan"]
+    for broken, sentence in (
+        (None, "it lacks the plan of its captioner"),
+        (plan | {"lexicon": [1, 2]}, "it lacks the plan of its captioner"),
+        ({"lexicon": ["a"], "hidden": 64}, "it lacks layers, taps, plain_grid"),
+        (plan | {"backbone": "resnet"}, "damaged checkpoint: --backbone cannot be 'resnet'"),
+        (plan | {"hidden": 100}, "damaged checkpoint: --hidden cannot be 100"),
+    ):
+        saved["args"]["captioner_plan"] = broken
+        torch.save(saved, tmp_path / "last.pt")
+        assert sentence in refused("--weights", tmp_path / "last.pt", "--eval", "shapes-test")
 
 
 # fmt: off
 FLAGS_THAT_CANNOT_BE = {
     "--size 31": "--size 31 leaves nothing",
-    "--hidden 100": "--hidden 100 is not a multiple of 64",
     "--crop 1": "--crop 1.0 is not a share",
     "--encoder mit_b3": "--encoder-weights: give a file with the weights of mit_b3",
     "--encoder-weights nowhere.pth": "--encoder-weights: there is no file nowhere.pth",
@@ -703,6 +709,7 @@ FILES_THAT_CANNOT_BE = {
     "--sod SOD --encoder mit_b0 --decoder psp":
         "was trained with --encoder mit_tiny, --decoder mlp: give the same flags",
     "--sod NAN": "--sod: nan.pt is damaged: decoder.predict.weight holds values that are not",
+    "--hidden 100": "--hidden 100 is not a multiple of 64",
     "--backbone-weights nowhere.pth": "--backbone-weights nowhere.pth: no such file",
 }
 # fmt: on
