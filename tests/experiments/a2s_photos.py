@@ -50,8 +50,10 @@ def main() -> None:
             rows.append([name, *stage_1_cells(found)])
             command = shown(args, found[0]["command"])
             commands.append(f"`{command}`, commit {found[0]['commit']}")
+        else:
+            rows.append([name, *["not run"] * 6])
     header = "stage 1 | activation F | activation MAE | label F | label MAE | mirror | minutes"
-    if rows:
+    if commands:
         write_table("docs/a2s.md", "a2s_photos", header.split(" | "), rows, commands[:1])
 
     rows, commands = [], []
@@ -66,8 +68,10 @@ def main() -> None:
             rows.append([name, *stage_2_cells(found)])
             command = shown(args, found[0]["command"])
             commands.append(f"`{command}`, commit {found[0]['commit']}")
+        else:
+            rows.append([name, *["not run"] * 5])
     header = "stage 2 | F | F_max | S | MAE | minutes"
-    if rows:
+    if commands:
         write_table("docs/a2s.md", "a2s_stage2", header.split(" | "), rows, commands[:1])
 
 
