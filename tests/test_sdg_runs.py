@@ -179,7 +179,7 @@ def test_predictions_have_the_photo_s_size_and_words_can_be_drawn(base, tmp_path
         weights = folder / stage / "last.pt"
         out = tmp_path / stage
         main("--predict", photo, "--weights", weights, "--out", out, "--crf", "--device", "cpu")
-        assert [path.name for path in (out / "predict").iterdir()] == [made]
+        assert [path.name for path in (out / "predict").glob("*.png")] == [made]
     assert Image.open(tmp_path / "sod" / "predict" / "tall.png").size == (33, 71)
 
 
@@ -204,7 +204,7 @@ def test_a_broken_photo_is_named_when_the_others_are_described(base, tmp_path, s
     out = ["--out", tmp_path / "out"]
     sentence = refused("--predict", tmp_path / "photos", "--weights", weights, "--words", *out)
     assert "1 photo(s) could not be read" in sentence and "broken.jpg" in sentence
-    made = {path.name for path in (tmp_path / "out" / "predict").iterdir()}
+    made = {path.name for path in (tmp_path / "out" / "predict").glob("*.png")}
     assert made == {"good_words.png"} | ({"good.png"} if stage == "guide" else set())
 
 
@@ -299,7 +299,7 @@ def test_virtex_s_checkpoint_describes_photos_in_a_folder_of_its_own(tmp_path, m
         said.append(words_of(capsys.readouterr().out, "photo"))
     assert said[0] and all(word.isdigit() for word in said[0])
     assert said[1] == [f"p{int(word) - 3}" for word in said[0]]
-    made = [path.name for path in Path("runs/sdg_sod-released/predict").iterdir()]
+    made = [path.name for path in Path("runs/sdg_sod-released/predict").glob("*.png")]
     assert made == ["photo_words.png"] and not Path("downloads/predict").exists()
 
 
