@@ -91,7 +91,8 @@ class PretendedGPU(TorchDispatchMode):
         for frame in reversed(traceback.extract_stack()):
             file = Path(frame.filename)
             of_project = file.is_relative_to(ROOT) and file != Path(__file__)
-            if of_project and frame.name[0] != "<":  # not a comprehension
+            installed = "site-packages" in file.parts  # a virtual environment inside the project
+            if of_project and not installed and frame.name[0] != "<":  # not a comprehension
                 break
         place = f"{file.stem} {frame.name}"
         (self.in_steps if self.inside else self.elsewhere).add(place)
