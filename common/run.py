@@ -142,7 +142,6 @@ class Run:
         self.extra = extra or {}
         self.last = schedule.epochs
         self.flags = settings.flags | schedule._asdict() | {"photos": photos_of(bank)}
-        self.digests = None  # of the files that the flags name, see `save_args`
 
         # fp16 needs losses that are scaled up before backward, lest small gradients become 0.
         half = runtime.precision(settings.device, settings.amp) is torch.float16
@@ -153,6 +152,7 @@ class Run:
         self.raw = net
         self.done = self.resume()  # finished epochs
         self.log = Log(self.folder, self.last, self.done, quiet=not self.world.main)
+        self.about = self.surroundings() if self.world.main else {}
         self.save_args()
         self.net = self.world.parallel(net)
 
@@ -315,21 +315,20 @@ class Run:
             )
         return pixels
 
-    def save_args(self) -> None:
-        """Write args.json: flags, minutes so far, versions, commit, and how files can be told."""
-        if not self.world.main:
-            return
-        if self.digests is None:
-            paths = [value for value in self.flags.values() if isinstance(value, str)]
-            self.digests = {path: runtime.sha256(path) for path in paths if os.path.isfile(path)}
-        content = {
+    def surroundings(self) -> dict:
+        """What stays the same in args.json: command, digests of files, environment."""
+        paths = [value for value in self.flags.values() if isinstance(value, str)]
+        return {
             "command": " ".join(sys.argv),
-            "flags": self.flags,
-            "minutes": self.log.minutes,
-            "sha256": self.digests,
+            "sha256": {path: runtime.sha256(path) for path in paths if os.path.isfile(path)},
             **runtime.environment(self.settings.device),
         }
-        runtime.save_json(self.folder / "args.json", content)
+
+    def save_args(self) -> None:
+        """Write args.json: flags, minutes so far, and `surroundings`."""
+        if self.world.main:
+            content = {"flags": self.flags, "minutes": self.log.minutes, **self.about}
+            runtime.save_json(self.folder / "args.json", content)
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, saved: object, path: Path) -> None:
