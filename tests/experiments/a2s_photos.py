@@ -38,41 +38,33 @@ STAGE_2 = {
 def main() -> None:
     """Train what is missing, then write the two tables."""
     args = options(__doc__)
+    header = "stage 1 | activation F | activation MAE | label F | label MAE | mirror | minutes"
+    table(args, 1, STAGE_1, "--stage 1 --epochs 3", stage_1_cells, "a2s_photos", header)
+    header = "stage 2 | F | F_max | S | MAE | minutes"
+    table(args, 2, STAGE_2, "--stage 2 --epochs 6", stage_2_cells, "a2s_stage2", header)
+
+
+def table(args, stage: int, changes: dict, of_stage: str, cells, name: str, header: str) -> None:
+    """Train the rows of a stage that are asked for; the others say "not run"."""
+    header = header.split(" | ")
     flags = photo_flags(args, size=160)
     rows, commands = [], []
-    for name, change in STAGE_1.items():
-        if wanted(args, name):
-            found = []
-            for seed in args.seeds:
-                folder = f"a2s/stage1 {name} seed {seed}"
-                command = f"{flags} --stage 1 --epochs 3 --seed {seed} {change}"
-                found.append(train(args, "a2s.py", folder, command))
-            rows.append([name, *stage_1_cells(found)])
-            command = shown(args, found[0]["command"])
-            commands.append(f"`{command}`, commit {found[0]['commit']}")
-        else:
-            rows.append([name, *["not run"] * 6])
-    header = "stage 1 | activation F | activation MAE | label F | label MAE | mirror | minutes"
-    if commands:
-        write_table("docs/a2s.md", "a2s_photos", header.split(" | "), rows, commands[:1])
-
-    rows, commands = [], []
-    for name, change in STAGE_2.items():
-        if wanted(args, name):
-            found = []
-            for seed in args.seeds:
-                folder = f"a2s/stage2 {name} seed {seed}"
+    for row, change in changes.items():
+        if not wanted(args, row):
+            rows.append([row, *["not run"] * (len(header) - 1)])
+            continue
+        found = []
+        for seed in args.seeds:
+            folder = f"a2s/stage{stage} {row} seed {seed}"
+            if stage == 2:
                 share_labels(args, folder, seed)
-                command = f"{flags} --stage 2 --epochs 6 --seed {seed} {change}"
-                found.append(train(args, "a2s.py", folder, command))
-            rows.append([name, *stage_2_cells(found)])
-            command = shown(args, found[0]["command"])
-            commands.append(f"`{command}`, commit {found[0]['commit']}")
-        else:
-            rows.append([name, *["not run"] * 5])
-    header = "stage 2 | F | F_max | S | MAE | minutes"
+            command = f"{flags} {of_stage} --seed {seed} {change}"
+            found.append(train(args, "a2s.py", folder, command))
+        rows.append([row, *cells(found)])
+        command = shown(args, found[0]["command"])
+        commands.append(f"`{command}`, commit {found[0]['commit']}")
     if commands:
-        write_table("docs/a2s.md", "a2s_stage2", header.split(" | "), rows, commands[:1])
+        write_table("docs/a2s.md", name, header, rows, commands[:1])
 
 
 def share_labels(args, folder: str, seed: int) -> None:
