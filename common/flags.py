@@ -93,10 +93,17 @@ def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> Non
         "--predict", type=Path, nargs="+", metavar="PATH", help="map photos or folders of them"
     )
     daily.add_argument(
+        "--explain",
+        type=Path,
+        metavar="PHOTO",
+        help="draw the method at work on one photo: <out>/explain/NAME.png",
+    )
+    daily.add_argument(
         "--weights",
         type=Path,
         metavar="FILE",
-        help="a checkpoint, for --eval and --predict; photos: the one that comes with the project",
+        help="a checkpoint, for --eval, --predict and --explain; photos: the one that comes with "
+        "the project",
     )
     daily.add_argument(
         "--eval", nargs="+", metavar="SET", help="sets to score on, spelt like --data"
@@ -227,11 +234,11 @@ def completed(args: argparse.Namespace, preset: dict) -> argparse.Namespace:
 def evaluation_sets(args: argparse.Namespace, usual: Sequence[str]) -> list[str]:
     """--eval, else what is there of the sets that the method usually scores on.
 
-    --predict alone scores nothing. Sets that are not there are named on the terminal.
+    --predict or --explain alone scores nothing. Sets that are not there are named on the terminal.
     """
     if args.eval is not None:
         return args.eval
-    return [] if args.predict else present(usual, args.data_root)
+    return [] if args.predict or args.explain else present(usual, args.data_root)
 
 
 def present(names: Sequence[str], root: str) -> list[str]:
@@ -389,9 +396,11 @@ def settle(
         raise UserError(
             f"--batch-size {args.batch_size} cannot be split over {world.size} processes"
         )
-    if args.weights and not args.eval and not args.predict and not quiet:
+    used = args.eval or args.predict or args.explain or quiet
+    if args.weights and not used:
         raise UserError(
-            "--weights needs --eval SET or --predict PATH (training goes on with --resume)"
+            "--weights needs --eval SET, --predict PATH or --explain PHOTO (training goes on with "
+            "--resume)"
         )
     check_evaluation_sets(args, captions)
 
@@ -431,11 +440,11 @@ def run_folder(args: argparse.Namespace, method: str) -> Path:
 
 
 def checkpoint_of(args: argparse.Namespace, method: str, own: str) -> Path:
-    """The checkpoint that --eval and --predict use.
+    """The checkpoint that --eval, --predict and --explain use.
 
     own: the method's usual one below a run folder. It is that of --weights ("photos": the network
-    that comes with the project); else of the run that --data or --out name; else, for --predict,
-    the one that comes with the project. Raises `UserError` if that does not exist.
+    that comes with the project); else of the run that --data or --out name; else, for --predict and
+    --explain, the one that comes with the project. Raises `UserError` if that does not exist.
     """
     # What --weights names; the networks that come with the project lie in data/networks.
     shipped = NETWORKS / f"{method}.pt"
@@ -446,7 +455,7 @@ def checkpoint_of(args: argparse.Namespace, method: str, own: str) -> Path:
     # The run's own, unless no run is named and a network comes with the project.
     of_run = run_folder(args, method) / own
     named = args.out is not None and of_run.exists() or args.data != "shapes"
-    unnamed = args.predict and not named
+    unnamed = (args.predict or args.explain) and not named
     if not asked and not (unnamed and shipped.exists()):
         return of_run
     if not shipped.exists():
@@ -481,4 +490,4 @@ def plain_flags(args: argparse.Namespace, device: torch.device) -> dict:
     for name, value in vars(args).items():
         if not isinstance(value, Schedule):  # a stage's own is added by `Run`
             flags[name] = value if isinstance(value, plain) else str(value)
-    return flags | {"device": str(device), "predict": None}
+    return flags | {"device": str(device), "predict": None, "explain": None}

@@ -39,8 +39,8 @@ from common.runtime import UserError, say
 # Flags that do not change what is learnt: they may differ between a run and its continuation.
 FREE = {
     "out", "data_root", "device", "compile", "deterministic", "eval", "watch", "resume",
-    "overwrite", "weights", "stage", "predict", "cutout", "overlay", "skip_existing", "crf", "base",
-    "photos", "test_maps", "words",
+    "overwrite", "weights", "stage", "predict", "explain", "cutout", "overlay", "skip_existing",
+    "crf", "base", "photos", "test_maps", "words",
 }  # fmt: skip
 
 

@@ -544,10 +544,15 @@ def require_finite(loss: float, epoch: int) -> None:
         )
 
 
-def picture_strip(path: str | Path, rows: list[list[torch.Tensor]], side: int = 160) -> None:
-    """Save rows of pictures side by side: each float [C, H, W] in [0, 1] with C = 1 or 3."""
+def picture_strip(
+    path: str | Path, rows: list[list[torch.Tensor]], size: Sequence[int] = (160, 160)
+) -> None:
+    """Save rows of pictures side by side, each resized to `size` (height, width).
+
+    A picture is float [C, H, W] in [0, 1] with C = 1 or 3; all rows have the same number of them.
+    """
     strips = []
     for row in rows:
         cells = [p.float().cpu().clamp(0, 1).expand(3, -1, -1) for p in row]
-        strips.append(torch.cat([TF.resize(cell, [side, side]) for cell in cells], 2))
+        strips.append(torch.cat([TF.resize(cell, list(size)) for cell in cells], 2))
     save_png(path, (torch.cat(strips, 1) * 255 + 0.5).byte().permute(1, 2, 0))

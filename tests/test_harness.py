@@ -1,4 +1,4 @@
-"""What --predict writes: broken photos, names, folders of its own, overlays; views by hand."""
+"""What --predict writes: broken photos, names, folders of its own, overlays; pictures by hand."""
 
 from pathlib import Path
 
@@ -113,6 +113,33 @@ def test_overlay_by_hand():
     assert picture[2, 2].tolist() == [170, 98, 55]  # 0.55 of 100, 0.45 of (255, 96, 0)
     white = (picture == 255).all(2)
     assert white.sum() == 4 * 4 - 2 * 2 and white[1, 1] and not white[2, 2] and not white[0, 1]
+
+
+def test_panels_show_every_picture_under_its_title(tmp_path):
+    """Three columns of 256 pixels and a gap of 4; each panel is 128 high below 20 for the title."""
+    board = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # [2, 2]
+    pictures = [
+        ("the photo", torch.full((3, 300, 600), 200, dtype=torch.uint8)),
+        ("cells", board),
+        ("the same, with a title that is far too long to be written in one line", board[None]),
+        ("inside", board > 0),
+    ]
+    harness.panels(tmp_path / "explain" / "a.png", pictures, columns=3)
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "explain" / "a.png")))
+    assert sheet.shape == (2 * (20 + 128 + 4), 3 * (256 + 4), 3)
+
+    # Every title is dark on white and leaves a margin; the two places without a picture are white.
+    rows, columns = sheet.split(20 + 128 + 4), range(0, 3 * 260, 260)
+    for row, left, dark in zip([*rows[:1] * 3, rows[1]], [*columns, 0], [200, 0, 0, 0]):
+        cell = row[:, left : left + 260]
+        assert cell[:20].min() < 100 and (cell[:20, -6:] == 255).all()
+        assert cell[20:148, :256].min() == dark
+    assert (rows[1][:, 260:] == 255).all()
+
+    # Cells keep their edges.
+    cell = rows[0][20:148, 260:516, 0]
+    assert (cell[:64, :128] == 255).all() and (cell[64:, 128:] == 255).all()
+    assert (cell[64:, :128] == 0).all() and (cell[:64, 128:] == 0).all()
 
 
 def test_a_predictor_takes_any_kind_of_photo():

@@ -242,7 +242,8 @@ def test_an_unusable_device_is_one_sentence():
 def test_picture_strip_places_pictures_in_rows(tmp_path):
     from PIL import Image
 
-    runtime.picture_strip(tmp_path / "s.png", [[torch.ones(1, 8, 8), torch.zeros(3, 4, 4)]], 10)
+    row = [torch.ones(1, 8, 8), torch.zeros(3, 4, 4)]
+    runtime.picture_strip(tmp_path / "s.png", [row], (10, 20))
     image = Image.open(tmp_path / "s.png")
-    assert image.size == (20, 10)
-    assert image.getpixel((5, 5)) == (255, 255, 255) and image.getpixel((15, 5)) == (0, 0, 0)
+    assert image.size == (40, 10)
+    assert image.getpixel((5, 5)) == (255, 255, 255) and image.getpixel((25, 5)) == (0, 0, 0)
