@@ -81,47 +81,30 @@ def defaults(name: str, paper: dict, shapes: dict) -> str:
 
 def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> None:
     """The flags that all scripts share, daily ones first; None stands for the preset's value."""
-    daily = parser.add_argument_group("daily use")
-    daily.add_argument(
+    add = parser.add_argument_group("daily use").add_argument
+    add(
         "--data",
         default="shapes",
         metavar="SET",
         help="a folder of photos, a registered set (python -m common.datasets lists them), sets "
         "joined with +, each restricted by SET@stems.txt [%(default)s]",
     )
-    daily.add_argument(
-        "--predict", type=Path, nargs="+", metavar="PATH", help="map photos or folders of them"
-    )
-    daily.add_argument(
-        "--explain",
-        type=Path,
-        metavar="PHOTO",
-        help="draw the method at work on one photo: <out>/explain/NAME.png",
-    )
-    daily.add_argument(
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="map photos or folders of them")
+    text = "draw the method at work on one photo: <out>/explain/NAME.png"
+    add("--explain", type=Path, metavar="PHOTO", help=text)
+    add(
         "--weights",
         type=Path,
         metavar="FILE",
         help="a checkpoint, for --eval, --predict and --explain; photos: the one that comes with "
         "the project",
     )
-    daily.add_argument(
-        "--eval", nargs="+", metavar="SET", help="sets to score on, spelt like --data"
-    )
-    daily.add_argument(
-        "--out", type=Path, metavar="DIR", help="run folder [runs/SCRIPT-DATA, and -seedN]"
-    )
-    daily.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue from the run folder's last.pt; with --stage 2 without making the labels of "
-        "stage 1 again",
-    )
-    daily.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="two steps of every epoch, two batches of everything else",
-    )
+    add("--eval", nargs="+", metavar="SET", help="sets to score on, spelt like --data")
+    add("--out", type=Path, metavar="DIR", help="run folder [runs/SCRIPT-DATA, and -seedN]")
+    text = "continue from last.pt, which the run folder holds for every stage"
+    add("--resume", action="store_true", help=text)
+    text = "two steps of every epoch, two batches of everything else"
+    add("--dry-run", action="store_true", help=text)
     add_training_flags(parser, paper, shapes)
     add_output_flags(parser)
     parser.set_defaults(pairs=False)  # True: the networks see a photo and its modality
@@ -129,70 +112,46 @@ def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> Non
 
 def add_training_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> None:
     """What decides on the result besides the method's own flags, and where it is computed."""
-    train = parser.add_argument_group("training")
+    add = parser.add_argument_group("training").add_argument
     for name, kind, text in (
         ("epochs", positive, "of each stage"),
         ("lr", learning_rate, "highest learning rate, of each stage"),
         ("batch-size", positive, "over all processes"),
         ("size", positive, "the network sees size x size pixels"),
     ):
-        default = defaults(name.replace("-", "_"), paper, shapes)
-        train.add_argument(f"--{name}", type=kind, metavar="N", help=f"{text} {default}")
-    train.add_argument("--seed", type=seed, default=0, help="of all random numbers [0]")
-    net = parser.add_argument_group("backbone")
-    net.add_argument(
-        "--backbone",
-        choices=BACKBONES,
-        help=f"the pretrained encoder {defaults('backbone', paper, shapes)}",
-    )
-    net.add_argument(
-        "--backbone-weights",
-        metavar="W",
-        help="moco800, moco200, imagenet, none, or a file [the paper's]",
-    )
-    net.add_argument(
-        "--pixels",
-        choices=PIXELS,
-        default="imagenet",
-        help="how the backbone's weights want their pixels [imagenet]",
-    )
-    net.add_argument(
-        "--borders",
-        choices=("zeros", "replicate"),
-        default="zeros",
-        help="what the backbone's convolutions see beyond the border [zeros]",
-    )
-    place = parser.add_argument_group("runtime")
-    place.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    place.add_argument(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
-        help="half precision outside the losses; auto: on CUDA, bf16 where the GPU has it [auto]",
-    )
-    place.add_argument("--compile", action="store_true", help="torch.compile the network")
-    place.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits in every run on CUDA, too, as far as torch can; slower",
-    )
-    place.add_argument(
-        "--data-root", default="data", metavar="DIR", help="where registered sets lie [data]"
-    )
+        usual = defaults(name.replace("-", "_"), paper, shapes)
+        add(f"--{name}", type=kind, metavar="N", help=f"{text} {usual}")
+    add("--seed", type=seed, default=0, help="of all random numbers [0]")
+
+    add = parser.add_argument_group("backbone").add_argument
+    usual = defaults("backbone", paper, shapes)
+    add("--backbone", choices=BACKBONES, help=f"the pretrained encoder {usual}")
+    text = "moco800, moco200, imagenet, none, or a file [the paper's]"
+    add("--backbone-weights", metavar="W", help=text)
+    text = "how the backbone's weights want their pixels [imagenet, or what --released uses]"
+    add("--pixels", choices=PIXELS, default="imagenet", help=text)
+    text = "what the backbone's convolutions see beyond the border [zeros]"
+    add("--borders", choices=("zeros", "replicate"), default="zeros", help=text)
+
+    add = parser.add_argument_group("runtime").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    text = "half precision outside the losses; auto: on CUDA, bf16 where the GPU has it [auto]"
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help=text)
+    add("--compile", action="store_true", help="torch.compile the network")
+    text = "the same bits in every run on CUDA, too, as far as torch can; slower"
+    add("--deterministic", action="store_true", help=text)
+    add("--data-root", default="data", metavar="DIR", help="where registered sets lie [data]")
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """What is written besides checkpoints and scores."""
-    out = parser.add_argument_group("output")
-    out.add_argument("--cutout", action="store_true", help="--predict also writes RGBA cut-outs")
-    out.add_argument(
-        "--overlay", action="store_true", help="--predict also writes photos with the object tinted"
-    )
-    out.add_argument(
-        "--skip-existing", action="store_true", help="--predict leaves out photos with a map"
-    )
-    out.add_argument("--crf", action="store_true", help="refine predicted maps with the dense CRF")
-    out.add_argument(
+    add = parser.add_argument_group("output").add_argument
+    add("--cutout", action="store_true", help="--predict also writes RGBA cut-outs")
+    text = "--predict also writes photos with the object tinted"
+    add("--overlay", action="store_true", help=text)
+    add("--skip-existing", action="store_true", help="--predict leaves out photos with a map")
+    add("--crf", action="store_true", help="refine predicted maps with the dense CRF")
+    add(
         "--watch",
         type=int,
         default=0,
@@ -200,11 +159,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="score N photos of the first --eval set after every epoch: to look at, never to "
         "choose an epoch by [0]",
     )
-    out.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="start anew in a run folder that holds a run with other flags",
-    )
+    text = "start anew in a run folder that holds a run with other flags"
+    add("--overwrite", action="store_true", help=text)
 
 
 def is_shapes(data: str) -> bool:
@@ -232,26 +188,23 @@ def completed(args: argparse.Namespace, preset: dict) -> argparse.Namespace:
 
 
 def evaluation_sets(args: argparse.Namespace, usual: Sequence[str]) -> list[str]:
-    """--eval, else what is there of the sets that the method usually scores on.
+    """--eval, else those of the `usual` sets that are there; the others are named on the terminal.
 
-    --predict or --explain alone scores nothing. Sets that are not there are named on the terminal.
+    --predict or --explain alone scores nothing. Raises `UserError` for a set that is broken.
     """
     if args.eval is not None:
         return args.eval
-    return [] if args.predict or args.explain else present(usual, args.data_root)
+    if args.predict or args.explain:
+        return []
 
-
-def present(names: Sequence[str], root: str) -> list[str]:
-    """Those of `names` that are there; the others are named on the terminal. Raises `UserError`
-    for a set that is broken."""
     found = []
-    for name in names:
+    missing = []
+    for name in usual:
         try:
-            open_set(name, root)
+            open_set(name, args.data_root)
+            found.append(name)
         except MissingSet:
-            continue
-        found.append(name)
-    missing = [name for name in names if name not in found]
+            missing.append(name)
     if missing:
         say("evaluation sets not found: " + ", ".join(missing))
     return found
@@ -275,21 +228,17 @@ def could_be(action: argparse.Action, value: object) -> bool:
         return isinstance(value, bool)
     if value is None:
         return action.default is None
-    if action.nargs in ("*", "+"):
-        whole = isinstance(value, (list, tuple))
-        values = value if whole else []
-    else:
-        whole = True
-        values = [value]
+    if action.nargs not in ("*", "+"):
+        value = [value]
+    elif not isinstance(value, (list, tuple)):
+        return False
 
     kind = action.type or str
-    for one in values:
-        try:
-            if kind(str(one)) != one or (action.choices and one not in action.choices):
-                return False
-        except (ValueError, argparse.ArgumentTypeError):
-            return False
-    return whole
+    try:
+        whole = all(kind(str(one)) == one for one in value)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return whole and (not action.choices or all(one in action.choices for one in value))
 
 
 def saved_flags(
@@ -446,26 +395,26 @@ def checkpoint_of(args: argparse.Namespace, method: str, own: str) -> Path:
     that comes with the project); else of the run that --data or --out name; else, for --predict and
     --explain, the one that comes with the project. Raises `UserError` if that does not exist.
     """
-    # What --weights names; the networks that come with the project lie in data/networks.
-    shipped = NETWORKS / f"{method}.pt"
+    # What --weights names: a file, or the network that comes with the project.
     asked = str(args.weights) == "photos" and not args.weights.exists()
     if args.weights and not asked:
         return args.weights
 
-    # The run's own, unless no run is named and a network comes with the project.
-    of_run = run_folder(args, method) / own
-    named = args.out is not None and of_run.exists() or args.data != "shapes"
-    unnamed = (args.predict or args.explain) and not named
-    if not asked and not (unnamed and shipped.exists()):
-        return of_run
-    if not shipped.exists():
+    # Without --weights the run's own, unless no run is named and a network comes with the project.
+    shipped = NETWORKS / f"{method}.pt"
+    if not asked:
+        of_run = run_folder(args, method) / own
+        named = (args.out is not None and of_run.exists()) or args.data != "shapes"
+        photos = args.predict or args.explain
+        if named or not photos or not shipped.exists():
+            return of_run
+        note = f"; --weights {of_run} is your own" if of_run.exists() else ""
+        say(f"using the network that comes with the project, {shipped}{note}", error=True)
+    elif not shipped.exists():
         raise UserError(
             f"--weights photos: no network of this method comes with the project ({shipped}); "
             f"train one, or use one of {', '.join(path.stem for path in NETWORKS.glob('*.pt'))}"
         )
-    if not asked:
-        note = f"; --weights {of_run} is your own" if of_run.exists() else ""
-        say(f"using the network that comes with the project, {shipped}{note}", error=True)
     return shipped
 
 
