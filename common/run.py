@@ -133,6 +133,7 @@ class Run:
     ):
         self.settings = settings
         self.stage = stage
+        self.name = "training" if folder == "." else f"stage {stage}"  # on the terminal
         self.world = settings.world
         self.folder = settings.out / folder
         self.bank = bank
@@ -152,8 +153,9 @@ class Run:
         self.raw = net
         self.done = self.resume()  # finished epochs
         self.log = Log(self.folder, self.last, self.done, quiet=not self.world.main)
-        self.about = self.surroundings() if self.world.main else {}
-        self.save_args()
+        if self.world.main:
+            self.about = self.surroundings()
+            self.save_args()
         self.net = self.world.parallel(net)
 
     def epochs(self) -> Iterator[int]:
@@ -213,11 +215,6 @@ class Run:
             )
 
     @property
-    def name(self) -> str:
-        """What the terminal calls this stage."""
-        return f"stage {self.stage}" if isinstance(self.stage, int) else self.stage
-
-    @property
     def mine(self) -> slice:
         """This process's part of something that was drawn for the whole batch."""
         share = self.batch // self.world.size
@@ -275,24 +272,21 @@ class Run:
 
         # The checkpoint must be of the same photos, flags and files.
         saved = runtime.load_checkpoint(path, self.settings.method, self.stage)
-        photos = saved["args"].get("photos")
-        if photos != self.flags["photos"]:
-            raise UserError(
-                f"{path} was trained on other photos, {photos} instead of "
-                f"{self.flags['photos']}: give another --out for a new run"
-            )
-        other = other_flags(saved["args"], self.flags)
-        if other:
-            raise UserError(
-                f"{path} was trained with {other}: give the same flags to --resume, or another "
-                "--out for a new run"
-            )
+        before = saved["args"]
+        differ = []
+        if before.get("photos") != self.flags["photos"]:
+            photos = f"{before.get('photos')} instead of {self.flags['photos']}"
+            differ.append(f"on other photos, {photos}")
+        if other := other_flags(before, self.flags):
+            differ.append(f"with {other}")
         for name, value in self.extra.items():
-            if saved["args"].get(name) != value:
-                raise UserError(
-                    f"{path} was trained with another {name.replace('_', ' ')}: give --resume the "
-                    "same files, or another --out for a new run"
-                )
+            if before.get(name) != value:
+                differ.append(f"with another {name.replace('_', ' ')}")
+        if differ:
+            raise UserError(
+                f"{path} was trained {', '.join(differ)}: give the same flags and files to "
+                "--resume, or another --out for a new run"
+            )
 
         # Network, optimiser, scale of the loss, labels.
         runtime.load_state(self.raw, saved["model"], path)
@@ -326,9 +320,8 @@ class Run:
 
     def save_args(self) -> None:
         """Write args.json: flags, minutes so far, and `surroundings`."""
-        if self.world.main:
-            content = {"flags": self.flags, "minutes": self.log.minutes, **self.about}
-            runtime.save_json(self.folder / "args.json", content)
+        content = {"flags": self.flags, "minutes": self.log.minutes, **self.about}
+        runtime.save_json(self.folder / "args.json", content)
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, saved: object, path: Path) -> None:
@@ -395,7 +388,7 @@ class Log:
         now = time.time()
         rate = images / seconds
         eta = (now - self.start) / (epoch - self.done) * (self.epochs - epoch)
-        memory = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0) / 1e9
+        memory = torch.cuda.max_memory_allocated() / 1e9  # 0 without a GPU
         shown = [f"epoch {epoch:2d}/{self.epochs}"]
         shown += [f"{name} {value:.4g}" for name, value in values.items()]
         shown.append(f"{rate:.0f} img/s")

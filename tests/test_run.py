@@ -222,9 +222,9 @@ def test_args_tell_what_was_run(trained, tmp_path):
 def test_long_trainings_are_announced(capsys):
     """10 epochs of 300 steps at 2 seconds are 100 minutes, at 0.1 seconds they are 5."""
     stage = run.Run.__new__(run.Run)
-    stage.stage, stage.steps, stage.last, stage.done = 1, 300, 10, 0
+    stage.name, stage.steps, stage.last, stage.done = "stage 2", 300, 10, 0
     stage.announce(2.0)
-    assert "stage 1 will take about 100 minutes" in capsys.readouterr().out
+    assert "stage 2 will take about 100 minutes" in capsys.readouterr().out
     stage.announce(20.0)
     assert "about 17 hours" in capsys.readouterr().out
     stage.announce(0.1)
