@@ -13,7 +13,6 @@ import collections
 import csv
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -23,6 +22,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -61,7 +61,10 @@ def cli(main: Callable) -> None:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        sys.exit(f"error: out of memory ({first_line(error)}); lower --batch-size or --size")
+        sys.exit(
+            f"error: out of memory ({first_line(error)}); use a smaller --batch-size or --size, or "
+            "smaller pictures"
+        )
     finally:
         if dist.is_initialized():
             time.sleep(0.1)  # torch 2.6 hangs if gloo's thread still waits for the interpreter lock
@@ -88,11 +91,11 @@ def say(text: str, error: bool = False, end: str = "\n") -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    stream = sys.stderr if error else sys.stdout
     try:
-        print(text, end=end, file=sys.stderr if error else sys.stdout, flush=True)
+        print(text, end=end, file=stream, flush=True)
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def progress(items: Iterable, text: str, total: int | None = None) -> Iterator:
@@ -122,28 +125,19 @@ def parallel_map(function: Callable, items: Iterable, processes: bool = False) -
     linux = sys.platform == "linux"
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     if processes and linux:
-        items = list(items)
         pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"))
-        chunk = min(8, len(items) // cores + 1)
     else:
         pool = ThreadPoolExecutor(cores)
-        chunk = 1
-    items = iter(items)
     waiting = collections.deque()
     with pool:
-        while part := list(itertools.islice(items, chunk)):
-            waiting.append(pool.submit(map_all, function, part))
+        for item in items:
+            waiting.append(pool.submit(function, item))
             # Results that a slower reader has not taken yet must not pile up: 400 of 3 MB read at
             # 500 per second took 0.8 GB on two cores when all were submitted at once, now 0.1 GB.
             if len(waiting) >= 4 * cores:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
-
-
-def map_all(function: Callable, items: Sequence) -> list:
-    """`function` of every item."""
-    return [function(item) for item in items]
+            yield waiting.popleft().result()
 
 
 # ---- Device, precision, randomness -----------------------------------------------------------
@@ -187,15 +181,11 @@ def precision(device: torch.device, amp: str) -> torch.dtype | None:
     if device.type == "cuda" and amp != "off":
         modern = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if modern else torch.float16
-    if amp == "bf16" and cpu_has_bf16():
-        return torch.bfloat16
+    if amp == "bf16":
+        computes_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        if computes_bf16 and computes_bf16():
+            return torch.bfloat16
     return None
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the processor computes in bf16 itself, as far as torch can tell."""
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(known and known())
 
 
 def autocast(device: torch.device, amp: str):
@@ -388,33 +378,44 @@ def torch_load(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}")
-    if Path(path).stat().st_size == 0:
-        raise UserError(f"{path} is empty; fetch or make it again")
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *NUMPY_SCALARS]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # TorchScript has a long one of its own
+                warnings.simplefilter("ignore")
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error}); fetch it again") from None
     except Exception as error:  # zip, pickle, and unicode errors of many kinds
         if out_of_memory(error):
             raise
-        objects = re.findall(r"GLOBAL ([\w.]+)", str(error))
-        if objects:
-            raise UserError(
-                f"{path} holds an object that could run code when it is loaded ({objects[0]}); "
-                "save its weights alone: torch.save(checkpoint['state_dict'], FILE)"
-            ) from None
-        with open(path, "rb") as file:
-            written_by_torch = file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
-        if not written_by_torch:
-            raise UserError(f"{path} is no file that torch.save wrote; fetch it again") from None
-        raise UserError(
-            f"{path} is not a readable file of tensors ({first_line(error)[:80]}); fetch or make "
-            "it again"
-        ) from None
+        raise UserError(f"{path} {why_unreadable(path, error)}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__} instead of a dict of tensors")
     if not all(isinstance(key, str) for key in found):
         raise UserError(f"{path} is no dict of named tensors: its keys are not all text")
     return found
+
+
+def why_unreadable(path: str | Path, error: Exception) -> str:
+    """What a file is that `torch.load` refused with `error`, and what to do about it."""
+    with open(path, "rb") as file:
+        start = file.read(100)
+    expected = "a state_dict saved with torch.save is expected"
+    if not start:
+        return "is empty; fetch or make it again"
+    if b"NUMPY" in start or b".npy" in start:
+        return f"is a file of numpy arrays; {expected}"
+    if "TorchScript" in str(error):
+        return f"is a TorchScript archive; {expected}: that of torch.jit.load(FILE).state_dict()"
+    objects = re.findall(r"GLOBAL ([\w.]+)", str(error))
+    if objects:
+        return (
+            f"holds an object that could run code when it is loaded ({objects[0]}); save its "
+            "weights alone: torch.save(checkpoint['state_dict'], FILE)"
+        )
+    if not start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "is no file that torch.save wrote; fetch it again"
+    return f"is not a readable file of tensors ({first_line(error)[:80]}); fetch or make it again"
 
 
 def load_state(
@@ -428,43 +429,41 @@ def load_state(
     own = module.state_dict()
     wanted = {}
     for key, value in state.items():
-        if key in own or not any(key.startswith(prefix) for prefix in surplus):
+        if key in own or not key.startswith(surplus):
             wanted[key] = value
-    # BatchNorm's batch counters appeared in torch 0.4.1: older files lack them, nothing uses them
-    missing = [key for key in own if key not in wanted and not key.endswith("num_batches_tracked")]
     common = [key for key in own if key in wanted]
-    no_tensors = [key for key in common if not is_dense(wanted[key])]
-    tensors = [key for key in common if key not in no_tensors]
-    misshapen = [key for key in tensors if wanted[key].shape != own[key].shape]
-    no_floats = [
-        key
-        for key in tensors
-        if own[key].is_floating_point() and not wanted[key].is_floating_point()
-    ]
-    problems = []
-    for what, keys in (
-        ("missing", missing),
-        ("unexpected", [key for key in wanted if key not in own]),
-        ("that are no tensors", no_tensors),
-        ("of another shape", misshapen),
-        ("that are no floating-point numbers", no_floats),
-    ):
+
+    # BatchNorm's batch counters appeared in torch 0.4.1: older files lack them, nothing uses them.
+    missing = [key for key in own if key not in wanted and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in wanted if key not in own]
+    problems = {"missing": missing, "unexpected": unexpected}
+    for key in common:
+        problem = misfit(own[key], wanted[key])
+        if problem:
+            problems.setdefault(problem, []).append(key)
+    told = []
+    for problem, keys in problems.items():
         if keys:
             more = ", …" if len(keys) > 3 else ""
-            problems.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{more})")
-    if problems:
-        raise UserError(
-            f"{source} holds the weights of another network: keys {'; '.join(problems)}"
-        )
+            told.append(f"{len(keys)} {problem} ({', '.join(keys[:3])}{more})")
+    if told:
+        raise UserError(f"{source} holds the weights of another network: keys {'; '.join(told)}")
+
     for key in common:
         if wanted[key].is_floating_point() and not wanted[key].isfinite().all():
             raise UserError(f"{source} is damaged: {key} holds values that are not finite numbers")
     module.load_state_dict({**own, **wanted})
 
 
-def is_dense(value: object) -> bool:
-    """Whether a value is a tensor that holds all its numbers, neither sparse nor without memory."""
-    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+def misfit(own: torch.Tensor, given: object) -> str:
+    """What keeps `given` from replacing a tensor of a network; '' if nothing does."""
+    if not isinstance(given, torch.Tensor) or given.layout is not torch.strided or given.is_meta:
+        return "that are no tensors"  # nor are sparse ones, and those without memory
+    if given.shape != own.shape:
+        return "of another shape"
+    if own.is_floating_point() and not given.is_floating_point():
+        return "that are no floating-point numbers"
+    return ""
 
 
 def save_checkpoint(path: str | Path, **content) -> None:
@@ -474,12 +473,12 @@ def save_checkpoint(path: str | Path, **content) -> None:
     write_atomic(path, lambda part: part.write_bytes(memory.getbuffer()))
 
 
-CHECKPOINT = {"method": str, "stage": (int, str), "epoch": int, "args": dict, "model": dict}
-
-
 def load_checkpoint(path: str | Path, method: str, stage: int | str | None = None) -> dict:
     """Read a checkpoint of `method` (and `stage`); see `check_checkpoint`."""
     return check_checkpoint(torch_load(path), path, method, stage)
+
+
+CHECKPOINT = {"method": str, "stage": (int, str), "epoch": int, "args": dict, "model": dict}
 
 
 def check_checkpoint(
@@ -487,7 +486,7 @@ def check_checkpoint(
 ) -> dict:
     """`found`, if it is a checkpoint of `method` (and `stage`); else a `UserError`.
 
-    Then it has all that `CHECKPOINT` names, of the right types.
+    Then it has all that `CHECKPOINT` names, of the right types; "args" are plain values.
     """
     if "method" not in found:
         raise UserError(
@@ -495,6 +494,8 @@ def check_checkpoint(
             "--backbone-weights)"
         )
     wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(found.get(name), kind)]
+    if not wrong and not is_plain(found["args"]):
+        wrong.append("args")
     if wrong:
         raise UserError(
             f"{path} is a damaged checkpoint ({', '.join(wrong)} missing or of a wrong type); make "
@@ -506,6 +507,15 @@ def check_checkpoint(
             f"{path} is a checkpoint of {found['method']} stage {found['stage']}, not of {wanted}"
         )
     return found
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value consists of texts, numbers, lists and dicts alone, as in a file of JSON."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 # ---- A run's surroundings and pictures ----------------------------------------------------------

@@ -119,6 +119,43 @@ def test_what_torch_did_not_write_is_told_so(tmp_path, content):
         runtime.torch_load(path)
 
 
+class Halved(nn.Module):
+    """A module for `torch.jit.trace`."""
+
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_weights_of_another_kind_are_named(tmp_path, recwarn):
+    np.savez(tmp_path / "w.npz", a=np.zeros(2))
+    np.savez_compressed(tmp_path / "small.npz", a=np.zeros(2))
+    np.save(tmp_path / "w.npy", np.zeros(2))
+    torch.jit.trace(Halved(), torch.ones(1)).save(tmp_path / "script.pt")
+    recwarn.clear()
+    for name, kind in {
+        "w.npz": "a file of numpy arrays",
+        "small.npz": "a file of numpy arrays",
+        "w.npy": "a file of numpy arrays",
+        "script.pt": "a TorchScript archive",
+    }.items():
+        path = tmp_path / name
+        with pytest.raises(UserError, match=f"{path} is {kind}; a state_dict saved with torch.sa"):
+            runtime.torch_load(path)
+    assert not recwarn.list
+
+
+def test_flags_of_a_checkpoint_are_plain_values(tmp_path):
+    path = tmp_path / "last.pt"
+    content = {"method": "m", "stage": 1, "epoch": 2, "model": {}}
+    runtime.save_checkpoint(path, **content, args={"lr": 0.1, "taps": [1, 2], "crop": None})
+    assert runtime.load_checkpoint(path, "m")["args"]["taps"] == [1, 2]
+    for value in (torch.ones(2), [torch.ones(2)], {"a": {"b": torch.ones(1)}}):
+        runtime.save_checkpoint(path, **content, args={"taps": value})
+        with pytest.raises(UserError, match=r"damaged checkpoint \(args missing or of a wrong"):
+            runtime.load_checkpoint(path, "m")
+
+
 def test_numbers_of_numpy_beside_the_weights_are_read(tmp_path):
     path = tmp_path / "w.pth"
     numbers = {"best": np.float64(0.25), "small": np.float32(0.5), "epoch": np.int64(7)}
