@@ -17,3 +17,9 @@ def lists(tmp_path_factory) -> Path:
     from helpers import write_lists  # found through the path above
 
     return write_lists(tmp_path_factory.mktemp("lists"))
+
+
+@pytest.fixture(autouse=True)
+def bf16(monkeypatch):
+    """Let --amp bf16 act on every processor; without the instructions it would be fp32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
