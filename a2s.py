@@ -21,6 +21,7 @@ Usage
     python a2s.py --stage 1 --data photos/              # pseudo labels for a folder of your photos
     python a2s.py --stage 2 --data photos/              # ... and a detector trained on them
     python a2s.py --weights runs/a2s-MSRA-B/stage2/last.pt --predict photo.jpg --cutout
+    python a2s.py --explain photo.jpg                   # the method at work, step by step
     torchrun --nproc_per_node=4 a2s.py --data MSRA-B    # several GPUs or machines
 
 Results. The paper (MoCo v2 ResNet-50, 3,000 MSRA-B photos, about 1 h on a GTX 1080 Ti) reports
@@ -28,33 +29,10 @@ ave-F / MAE on ECSSD: stage 1 .840 / .072, stage 2 .880 / .060. Its text defines
 over 256 thresholds (F_mean), its authors' code takes one adaptive threshold per map (F_adp). Ours
 at that size: not run. At small scale: docs/a2s.md.
 
-Departures. The paper is the default. Where it is silent, the released code is followed: stage 1's
-loss weights 1, 0.1, 0.3, 0.5 of F, F3, F4, F5; Nesterov momentum, weight decay 5e-4; MoCo v2 of 800
-epochs; in stage 2 a tenth of the rate for the encoder, labels binarised at 0.5, a convolution of H5
-in each residual attention module (RAM), and two more before the local one, which the parameter
-count of Table VII confirms. --released also follows the code in the following:
- D1 The learning rate of stage 1 falls at epochs 10 and 16. Released: at 12 and 16.
- D2 The CRF starts from a hard label (theta > 0) with probability 0.7. The released code puts the
-    cut halfway between the map's minimum and maximum. Eq. 6 to the letter (--unary soft) starts
-    from sigmoid(theta), which lies so close to 0 and 1 that the CRF can hardly change it.
- D3 Training labels are made at --size pixels, in batches; the paper does not say. Released: at the
-    photo's own size.
- D4 E5 enters its SE block unchanged. The released code multiplies it (ResNets only) by the weights
-    of the classifier, summed over the classes. With MoCo's weights that is a random vector.
- D5 A tie in Eq. 5 counts as +1. Released: as 0, which makes a blank map.
- D6 Stage 2 draws flips anew in every epoch. Released: one flip per photo for the whole run.
- D7 BatchNorm of the encoder uses the stored running statistics in both stages. In stage 1 the paper
-    freezes the encoder; for stage 2 it says nothing. Released: the statistics of the batch.
-The following hold with and without --released:
- D8 The L2 distance in Eq. 4 is squared, as in the released code: the L2 norm of a scalar is its L1
-    norm.
- D9 Stage 2 stores its labels with 8 bits per pixel.
- D10 The mean over the training set in DB1 (Sec. IV-E) is a running mean with rate 0.01.
- D11 HMA, the rival of OLR in Table VIII, is OLR with one more step: the prediction goes through the
-    CRF before it is mixed into the label. Lambda and the first epoch are the same.
- D12 With several processes and --bn batch, BatchNorm normalises over each process's own share of
-    the batch; the running statistics are averaged after each epoch.
-Not implemented: MINet, the rival detector of Table VII.
+Departures. The paper is the default. Where it is silent, the released code is followed: loss
+weights, Nesterov momentum, a tenth of the rate for the encoder in stage 2, a convolution of H5 in
+each residual attention module (RAM). --released follows that code also where it contradicts the
+paper. docs/a2s.md explains every departure; D1 to D12 mark their places here.
 
 Shapes: B batch, H W input size, h w feature size. Images are in [0, 1].
 """
@@ -73,6 +51,7 @@ from common.backbones import backbone
 from common.bank import Bank, MapBank
 from common.crf import dense_crf, hard_unary, median_filter
 from common.datasets import load_mask, open_set
+from common.explain import one_photo, outputs_of, stretched
 from common.flags import Schedule, Settings
 from common.published import a2s_state
 from common.run import Run, claim
@@ -109,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python a2s.py --data photos/                  label and learn a folder of photos\n"
         "  python a2s.py --data photos/ --predict new/   map other photos with that detector\n"
-        "The docstring of this file explains the method and D1 to D12.",
+        "The docstring of this file explains the method, docs/a2s.md D1 to D12.",
     )
     flags.add_flags(parser, PAPER, SHAPES)
     method = parser.add_argument_group("method")
@@ -169,7 +148,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return flags.replaced(
         args,
         unary=args.unary or "hard",  # else the CRF changes nothing (D2)
-        bn=args.bn or ("batch" if args.released else "stored"),  # of the encoder (D7)
+        bn=args.bn or ("batch" if args.released else "stored"),  # as the encoder was trained (D7)
         eval=flags.evaluation_sets(args, usual),
     )
 
@@ -322,7 +301,7 @@ def foreground_sign(theta: Tensor, released: bool = False) -> Tensor:
     """Eq. 5: +1 where at most half of the pixels are positive, else -1. -> [B, 1, 1, 1]"""
     if released:
         share = (theta > 0).float().mean((2, 3), keepdim=True)
-        return torch.sign(0.5 - share)  # D5: 0 for a tie
+        return torch.sign(0.5 - share)  # 0 for a tie, which blanks the map (D5)
     share = (theta >= 0).float().mean((2, 3), keepdim=True)
     return torch.where(share <= 0.5, 1.0, -1.0)
 
@@ -413,8 +392,9 @@ class Detector(nn.Module):
 
 # ---- Losses --------------------------------------------------------------------------------------
 def adb_loss(theta: Tensor, alpha: float, keep: Tensor | None = None) -> Tensor:
-    """Eq. 4: L = -mean(D^2 + alpha D), D = |sigmoid(theta) - 0.5| (D8).
+    """Eq. 4: L = -mean(D^2 + alpha D), D = |sigmoid(theta) - 0.5|.
 
+    The L2 distance is squared, since the L2 norm of a scalar is its L1 norm (D8).
     theta: [B, 1, h, w]. keep: weights of the pixels, of mean 1; None: 1 for each.
     """
     d = (torch.sigmoid(theta.float()) - 0.5).abs()
@@ -517,7 +497,7 @@ def train_activation(
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage1")
     optimiser = make_optimiser(net, encoder_share=1.0)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
-    decay = (12, 16) if net.released else (10, 16)  # Sec. IV-A; released, see D1
+    decay = (12, 16) if net.released else (10, 16)  # the code's (D1), Sec. IV-A
 
     # What shows the progress: Table I before the first epoch, a picture after each.
     logit = partial(activation_logit, net, amp=settings.amp)
@@ -582,7 +562,9 @@ def train_detector(
 
         # Labels are corrected from the third of the paper's 25 epochs on; before, lambda is 1.
         rectifying = rectify != "off" and schedule.reached(epoch, 3, PAPER["stage2"].epochs)
-        for index, flip in run.batches(flips="once" if released else "anew"):  # D6
+
+        # The released code draws a photo's flip once for the whole run (D6).
+        for index, flip in run.batches(flips="once" if released else "anew"):
             # Forward, in half precision where the device has it.
             image = bank.images(index, flip)  # [B, 3, S, S]
             with autocast(settings.device, settings.amp):
@@ -648,7 +630,7 @@ def study_thresholds(net: ActivationNet, bank: Bank, settings: Settings) -> None
 
 
 # ---- Pseudo labels -------------------------------------------------------------------------------
-ToLabel = Callable[[Tensor, Tensor], Tensor]  # `refine` with its options filled in
+ToLabel = Callable[..., Tensor]  # `refine` with its options filled in
 
 
 def refine(
@@ -658,6 +640,7 @@ def refine(
     srgb: float,
     unary: str = "hard",
     released: bool = False,
+    iterations: int = 10,
 ) -> Tensor:
     """Eq. 6: G = median filter(CRF(sigmoid(theta))), theta with its sign.
 
@@ -675,7 +658,7 @@ def refine(
     # The reach grows with the picture; in the released code it does not.
     if not released:
         sxy = sxy * image.shape[-1] / 320
-    prob = dense_crf(image * 255, prob, sxy, srgb)
+    prob = dense_crf(image * 255, prob, sxy, srgb, iterations=iterations)
     return median_filter((prob > 0.5).float(), 7)
 
 
@@ -708,9 +691,10 @@ def make_labels(
 
 
 def read_labels(names: list[str], settings: Settings) -> MapBank:
-    """The label bank of stage 2, from the files of stage 1; raises `UserError` if one is missing.
+    """The label bank of stage 2, with 8 bits per pixel (D9), from the files of stage 1.
 
-    After a --dry-run of stage 1 only a few labels exist: then any of them serves.
+    Raises `UserError` if one is missing. After a --dry-run of stage 1 only a few labels exist, and
+    any of them serves.
     """
     folder = settings.out / "pseudo"
     paths = [folder / f"{name}.png" for name in names]
@@ -752,6 +736,43 @@ def detector_logit(net: Detector, image: Tensor, amp: str) -> Tensor:
     with autocast(image.device, amp):
         y = net(image)
     return y.float()
+
+
+@torch.no_grad()
+def explain_activation(net: ActivationNet, photo: Tensor, image: Tensor, to_label: ToLabel):
+    """Stage 1 at work on one photo, as titled pictures: Figs. 1, 4, 5 and 7 of the paper."""
+    # The activation map, and what lies above its mean, its median and Otsu's threshold.
+    net.eval()
+    m = net.features(image)[0].float().sum(1, keepdim=True)  # M [1, 1, S/2, S/2]
+    pictures = [("photo", photo), ("M, the sum of F", stretched(m))]
+    for name, threshold in THRESHOLDS.items():
+        pictures.append((f"M above its {name}", (m >= threshold(m))[0]))
+
+    # The decision value with its sign, and the label after more and more steps of the CRF.
+    theta = net(image)[0].float()  # [1, 1, S, S]
+    pictures.append(("sigmoid(theta), Eqs. 3, 5", torch.sigmoid(theta)[0]))
+    for iterations in (1, 3, 10):
+        title = f"G after {iterations} CRF steps, Eq. 6"
+        pictures.append((title, to_label(image, theta, iterations=iterations)[0]))
+    return pictures
+
+
+@torch.no_grad()
+def explain_detector(net: Detector, photo: Tensor, image: Tensor):
+    """Stage 2 at work on one photo, as titled pictures: Figs. 10 and 11 of the paper."""
+    names = [*(f"laterals.{i}" for i in range(5)), "region", "local"]
+    seen = outputs_of(net, names, image)
+    pictures = [("photo", photo)]
+    for i in range(5):
+        pictures.append((f"H{i + 1}, Eq. 8", stretched(seen[f"laterals.{i}"])))
+    pictures.append(("R_r, regional, Eq. 10", stretched(seen["region"])))
+    pictures.append(("R_l, local, Eq. 10", stretched(seen["local"])))
+
+    # Their product summed over the channels is the logit.
+    y = net(image).float()
+    pictures.append(("R_l R_r, summed, Eq. 11", stretched(y)))
+    pictures.append(("Y, the saliency map", torch.sigmoid(y)[0]))
+    return pictures
 
 
 def evaluate(stage: int, net: nn.Module, settings: Settings, to_label: ToLabel) -> harness.Results:
@@ -820,6 +841,13 @@ def use(args: argparse.Namespace) -> None:
         logit = activation_logit if stage == 1 else detector_logit
         forward = partial(logit, net, amp=settings.amp)
         harness.predict(forward, settings, args.overlay, args.skip_existing)
+    if args.explain:
+        photo, image, path = one_photo(args.explain, settings)
+        if stage == 1:
+            pictures = explain_activation(net, photo, image, label_maker(args))
+        else:
+            pictures = explain_detector(net, photo, image)
+        harness.panels(path, pictures)
 
 
 def label_maker(args: argparse.Namespace) -> ToLabel:
@@ -830,7 +858,7 @@ def label_maker(args: argparse.Namespace) -> ToLabel:
 def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
     args = build_parser().parse_args(argv)
-    if args.weights or args.predict:
+    if args.weights or args.predict or args.explain:
         use(args)
         return
 

@@ -20,47 +20,18 @@ Usage
     python class_net.py --data DUTS-TR                      # the paper's experiment
     python class_net.py --data photos/ --eval others/       # folders with images/ and masks/
     python class_net.py --weights runs/class_net-DUTS-TR/last.pt --predict photo.jpg --cutout
+    python class_net.py --explain photo.jpg                 # the method at work, step by step
     torchrun --nproc_per_node=4 class_net.py --data DUTS-TR # several GPUs or machines
 
 Results. The paper (ImageNet ResNet-50, 10,553 DUTS-TR photos, 100 epochs, RTX 2080 Ti) reports
 F_adp / S / MAE of .933 / .928 / .033 on ECSSD and .856 / .894 / .034 on DUTS-TE. Ours at that size:
 not run. At small scale: docs/class_net.md.
 
-Departures. The paper is the default. Its training code was never released. Where the paper is
-silent, the authors' network, losses and loader are followed: the mean of each channel is added to
-E_5 before the bridge; two convolutions follow every fusion module and make D_5; the fusion module
-has a weight map of one channel and a residual connection; the windows of the region loss are
-Gaussian, 11 x 11 pixels, sigma 1.5, with zeros beyond the border; beta² is 0.3 in Eq. 12.
---released follows the authors' code also where it contradicts the paper:
- D1 Queries and keys keep all 64 channels. Released: 8.
- D2 Position attention returns each result to the cell that asked for it (Eq. 2). The released code
-    reshapes the result [N, C] to [C, h, w] without transposing it, so values land at wrong
-    positions and channels.
- D3 Channel attention prefers the channels that agree most (Eq. 4). Released: those that agree
-    least.
- D4 The bridge has one 3x3 convolution per level and a single F_h. Released: two convolutions, and
-    an F_h for each level.
- D5 Both 3x3 convolutions of the fusion module have BatchNorm and ReLU. Released: the first only.
- D6 The region loss is the mean of squared differences of mean and standard deviation (Eqs. 8, 9).
-    Released: the norm of the differences of mean and variance over all windows, plus a blurred
-    absolute error. It grows with the picture and is hundreds to thousands of times larger, so it
-    may want a lower learning rate.
- D7 Photos are flipped and rescaled. Released: they are cropped as well.
- D8 Pixels are normalised as ImageNet's weights require. Released: by statistics of the photos.
-The following hold with and without --released:
- D9 The network accepts any aspect ratio. The released channel attention fails on pictures that are
-    not square. The command line resizes every picture to a square, as the authors do.
- D10 What neither the paper nor the code states is taken from F3Net, whose numbers the paper shares:
-    Nesterov momentum, and a learning rate that is set once per epoch. But the stem is trained, too.
-    Of the outputs in Eq. 15, D_2 has weight 1 and D_5 has 1/8. Crops and scales are taken from the
-    copy at --size.
- D11 The VGG-16 variant was never released. Its feature maps are the poolings; --vgg-taps conv takes
-    the layers before them.
- D12 Without FFM (Table 2) its three inputs are added.
- D13 At prediction, logits are resized to the photo, not probabilities.
- D14 With several processes, BatchNorm normalises over each process's own share of the batch, and
-    the running statistics are averaged after each epoch. Results depend a little on the number of
-    processes.
+Departures. The paper is the default; its training code was never released. Where it is silent, the
+authors' network, losses and loader are followed: the mean of each channel is added to E_5, two
+convolutions follow every fusion module (FFM), the windows of the region loss are Gaussian.
+--released follows the authors also where they contradict the paper. docs/class_net.md explains
+every departure; D1 to D14 mark their places here.
 
 Shapes: B batch, H W input size, h w feature size, N = h w. Images are in [0, 1].
 """
@@ -77,6 +48,7 @@ from common import flags, harness, runtime
 from common.backbones import backbone
 from common.bank import Bank, crop, draw_crops
 from common.datasets import open_set
+from common.explain import one_photo, outputs_of, stretched
 from common.flags import Schedule, Settings
 from common.published import class_state
 from common.run import Run, claim
@@ -107,10 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python class_net.py --data photos/                  learn photos/images, photos/masks\n"
         "  python class_net.py --data photos/ --predict new/   map other photos with that network\n"
-        "The docstring of this file explains the method and D1 to D14.",
+        "The docstring of this file explains the method, docs/class_net.md D1 to D14.",
     )
     flags.add_flags(parser, PAPER, SHAPES)
-    parser.set_defaults(pixels=None)  # D8
+    parser.set_defaults(pixels=None)  # ImageNet's, or with --released those of the photos (D8)
     method = parser.add_argument_group("method")
     add = method.add_argument
     add("--released", action="store_true", help="the authors' code (D1 to D8)")
@@ -185,8 +157,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         args,
         augment=augment,
         backbone_weights=args.backbone_weights or usual_weights,
-        region=args.region or ("released" if args.released else "paper"),  # D6
-        pixels=args.pixels or ("f3net" if args.released else "imagenet"),  # D8
+        region=args.region or ("released" if args.released else "paper"),  # form of Eq. 9 (D6)
+        pixels=args.pixels or ("f3net" if args.released else "imagenet"),  # mean and std (D8)
         eval=flags.evaluation_sets(args, usual_sets),
     )
 
@@ -232,6 +204,12 @@ class PositionAttention(nn.Module):
         self.value = nn.Conv2d(WIDTH, WIDTH, 1)
         self.alpha = nn.Parameter(torch.zeros(1))
 
+    def similarity(self, high: Tensor, low: Tensor) -> Tensor:
+        """S of Eq. 1, [B, N_h, N_l], which `forward` never holds: how a deep cell attends."""
+        query = rows(self.query(high)).float()
+        key = rows(self.key(low)).float()
+        return torch.softmax(query @ key.transpose(-1, -2), -1)[:, 0]
+
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
         """F_h [B, 64, h_h, w_h], F_l [B, 64, h_l, w_l] -> F_h_out, of the shape of F_h."""
         query = rows(self.query(high))  # [B, 1, N_h, C]
@@ -260,16 +238,18 @@ class ChannelAttention(nn.Module):
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """F_l [B, 64, h, w], F_h [B, 64, any, any] -> F_l_out, of the shape of F_l."""
-        f_h = resize(high, low).flatten(2)  # [B, 64, N]
-        f_l = low.flatten(2)  # [B, 64, N]
+        f_h = resize(high, low).flatten(2).float()  # [B, 64, N]
+        f_l = low.flatten(2).float()  # [B, 64, N]
 
-        # Row c of z says how much of each deep channel shallow channel c takes. The sum of N
-        # products needs fp32.
+        # The sums of N products need fp32.
         with torch.autocast(low.device.type, enabled=False):
-            energy = self.sign * f_l.float() @ f_h.float().transpose(-1, -2)  # [B, 64, 64]
-            z = torch.softmax(energy, -1)  # Eq. 4
-            found = z @ f_h.float()  # Eq. 5 [B, 64, N]
+            found = self.agreement(f_l, f_h) @ f_h  # Eq. 5 [B, 64, N]
         return (low + self.beta * found.view(low.shape)).to(low.dtype)  # Eq. 6
+
+    def agreement(self, f_l: Tensor, f_h: Tensor) -> Tensor:
+        """z of Eq. 4, [B, 64, 64]: how much of each deep channel every shallow channel takes."""
+        energy = self.sign * f_l @ f_h.transpose(-1, -2)
+        return torch.softmax(energy, -1)
 
 
 class FeatureFusion(nn.Module):
@@ -279,7 +259,7 @@ class FeatureFusion(nn.Module):
         super().__init__()
         self.reduce = conv(3 * WIDTH, 1, bias=True)
         self.conv1 = conv(WIDTH, 3)
-        if released:  # without BatchNorm and ReLU (D5)
+        if released:  # the authors leave out its BatchNorm and ReLU (D5)
             self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
         else:
             self.conv2 = conv(WIDTH, 3)
@@ -294,7 +274,7 @@ class FeatureFusion(nn.Module):
 
 
 class Sum(nn.Module):
-    """The baseline without FFM (D12)."""
+    """The baseline without FFM, of which the paper says only that it lacks FFM (D12)."""
 
     def forward(self, above: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Three [B, 64, h, w] -> [B, 64, h, w]."""
@@ -318,7 +298,8 @@ class CLASSNet(nn.Module):
         self.released = released
         fused = ("2", "3", "4")  # levels with attention and fusion
 
-        # Bridge: the encoder's maps with 64 channels each, F_2, F_3, F_4, and F_h from E_5 (D4).
+        # Bridge: the encoder's maps with 64 channels each, F_2, F_3, F_4, and F_h from E_5. The
+        # authors have two convolutions per level and an F_h for each (D4).
         depth = 2 if released else 1
         self.squeeze = nn.ModuleDict()
         for level, channels in zip(LEVELS, encoder.channels[1:]):
@@ -470,7 +451,7 @@ def make_net(args: argparse.Namespace, weights: str) -> CLASSNet:
         args.pixels,
         stored_stats=args.bn == "stored",
         borders=args.borders,
-        before_pooling=args.vgg_taps == "conv",  # D11
+        before_pooling=args.vgg_taps == "conv",  # the authors' VGG-16 is unknown (D11)
     )
     return CLASSNet(encoder, tuple(args.attention), args.fusion, args.outputs, args.released)
 
@@ -612,6 +593,43 @@ def saliency_logit(net: CLASSNet, image: Tensor, amp: str) -> Tensor:
     return d2.float()
 
 
+@torch.no_grad()
+def explain(net: CLASSNet, photo: Tensor, image: Tensor) -> list[tuple[str, Tensor]]:
+    """The method at work on one photo, as titled pictures.
+
+    For every level: where the deep cell under the most salient place attends (CLA-P), and which
+    channels agree (CLA-C). Then the outputs from coarse to fine.
+    """
+    net.eval()
+    names = ["bridge_high.5", "bridge.4", "bridge.3", "bridge.2"]
+    if net.released:
+        names[0] = "bridge_high.4"
+    seen = outputs_of(net, names, image)
+    high = seen[names[0]]  # F_h [1, 64, S/32, S/32]
+    maps = [torch.sigmoid(logit) for logit in net(image)]  # D_2, ...
+
+    # The deep cell that is looked at: the one where the map is highest.
+    coarse = F.adaptive_avg_pool2d(maps[0], high.shape[2:]).flatten()  # [N_h]
+    cell = coarse.argmax()
+    chosen = F.one_hot(cell, len(coarse)).view(1, *high.shape[2:])
+    pictures = [("photo", photo), ("a deep cell", chosen.float())]
+
+    for name in names[1:]:
+        level = name[-1]
+        low = seen[name]  # F_l [1, 64, h, w]
+        if "position" in net.attention:
+            s = net.position[level].similarity(high, low)[:, cell]  # [1, N_l]
+            s = s.view(1, 1, *low.shape[2:])
+            pictures.append((f"where it attends, level {level}, Eq. 1", stretched(s)))
+        if "channel" in net.attention:
+            deep = resize(high, low).flatten(2)
+            z = net.channel[level].agreement(low.flatten(2), deep)  # [1, 64, 64]
+            pictures.append((f"channels, level {level}, Eq. 4", z))
+    for depth, found in reversed(list(enumerate(maps, start=2))):
+        pictures.append((f"D_{depth}", found[0]))
+    return pictures
+
+
 def evaluate(net: CLASSNet, settings: Settings) -> None:
     """Score every --eval set; see `harness.save_results`."""
     logit = partial(saliency_logit, net, amp=settings.amp)
@@ -662,12 +680,15 @@ def use(args: argparse.Namespace) -> None:
     if args.predict:
         logit = partial(saliency_logit, net, amp=settings.amp)
         harness.predict(logit, settings, args.overlay, args.skip_existing)
+    if args.explain:
+        photo, image, path = one_photo(args.explain, settings)
+        harness.panels(path, explain(net, photo, image), columns=4)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train and evaluate; or evaluate or predict with a checkpoint."""
     args = build_parser().parse_args(argv)
-    if args.weights or args.predict:
+    if args.weights or args.predict or args.explain:
         use(args)
         return
 

@@ -274,6 +274,24 @@ def test_a_photo_is_predicted_without_evaluation_sets(base, tmp_path, monkeypatc
     assert Image.open(tmp_path / "predict" / "photo.png").size == (50, 40)
 
 
+def test_stage_1_is_explained_with_the_last_label_that_of_training(base, tmp_path):
+    photo = write_photo(tmp_path / "photo.png", 64, 64)
+    weights = ("--weights", base[0] / "stage1" / "last.pt")
+    a2s.main(args_of(*weights, "--explain", photo, "--out", tmp_path))
+    picture = Image.open(tmp_path / "explain" / "photo.png")
+    assert picture.size == (5 * 260, 2 * 280)  # 9 panels of 256 x 256
+
+    args = a2s.build_parser().parse_args(args_of(*weights, "--explain", photo))
+    args, _, net = a2s.open_checkpoint(weights[1], args)
+    image = torch.rand(1, 3, 32, 32)
+    to_label = a2s.label_maker(args)
+    pictures = a2s.explain_activation(net, image[0], image, to_label)
+    label = a2s.label_logit(net, image, "off", to_label).sigmoid().round()
+    assert torch.equal(pictures[-1][1], label[0])
+    m = net.features(image)[0].sum(1)
+    assert torch.equal(pictures[2][1], m >= m.mean())
+
+
 def test_the_unary_of_a_checkpoint_can_be_changed(base):
     for more, unary in (("", "hard"), ("--unary soft", "soft")):
         flags = f"{more} --device cpu --eval shapes-test".split()
