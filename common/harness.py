@@ -3,7 +3,8 @@
     results = evaluate(forward, settings, folder)      # scores of every --eval set, maps as PNG
     save_results(results, settings, folder)            # the table; eval.json, eval.md, curves.svg
     predict(forward, settings)                         # maps of the photos that --predict names
-    watch = Watch(settings); watch(forward, picture)   # a few photos after every epoch
+    watch = Watch(settings, photos)                    # a few of them, drawn after every epoch
+    watch(forward, picture)
 
 Nothing here knows a method: a network is a function `forward` from images [B, 3, S, S] in [0, 1]
 on the device to saliency logits [B, 1, S, S].
@@ -43,14 +44,16 @@ def stack(samples: list[dict], settings: Settings) -> Tensor:
     With settings.pairs (unified_usod.py) [B, 6, S, S]: each photo is followed by its depth, thermal
     or flow picture, or by itself where it has none.
     """
-    photos = [sample["image"] for sample in samples]
-    parts = [photos]
-    if settings.pairs:
-        modalities = [sample.get("modality") for sample in samples]
-        parts.append([photo if m is None else m for photo, m in zip(photos, modalities)])
     size = [settings.size, settings.size]
-    small = [torch.stack([TF.resize(x, size, antialias=True) for x in part]) for part in parts]
-    return torch.cat(small, 1).to(settings.device).float() / 255
+    images = []
+    for sample in samples:
+        image = TF.resize(sample["image"], size)
+        if settings.pairs:
+            modality = sample.get("modality")
+            second = image if modality is None else TF.resize(modality, size)
+            image = torch.cat([image, second])
+        images.append(image)
+    return torch.stack(images).to(settings.device).float() / 255
 
 
 def batches_of(
@@ -124,7 +127,7 @@ def evaluate(
         maps = final_maps(forward, dataset, settings, f"evaluate {title}", crf)
         metrics = Metrics()
 
-        def score(pair: tuple[dict, Tensor], title: str = title) -> Metrics:
+        def score(pair: tuple[dict, Tensor]) -> Metrics:
             sample, pred = pair
             if sample["mask"] is None:
                 raise UserError(f"{title}: {sample['name']} has no mask and cannot be scored")
@@ -202,11 +205,12 @@ class Watch:
     """A few photos, drawn after every epoch: of the first --eval set, where they are scored too,
     else of the photos that are trained on."""
 
-    def __init__(self, settings: Settings, photos: Dataset | None = None):
-        self.settings, self.samples = settings, []
+    def __init__(self, settings: Settings, photos: Dataset):
+        self.settings = settings
+        self.samples = []
         if settings.eval:
             photos = open_set(settings.eval[0], settings.data_root)
-        if photos is not None and settings.world.main:
+        if settings.world.main:
             count = min(max(settings.watch, 6), len(photos))
             self.samples = list(runtime.parallel_map(photos.__getitem__, range(count)))
 
@@ -215,7 +219,8 @@ class Watch:
         """Save photo, map and truth of six photos; return their scores if --watch asks for them."""
         if not self.samples:
             return {}
-        metrics, rows = Metrics(wf=False), []
+        metrics = Metrics(wf=False)
+        rows = []
         batch = self.settings.batch_size
         for at in range(0, len(self.samples), batch):
             part = self.samples[at : at + batch]
@@ -343,7 +348,8 @@ class Predictor:
     """A trained network as a function: a Pillow photo in, its saliency map (mode "L") out."""
 
     def __init__(self, forward: Forward, settings: Settings):
-        self.forward, self.settings = forward, settings
+        self.forward = forward
+        self.settings = settings
 
     @torch.inference_mode()
     def __call__(self, photo: Image.Image | Sequence[Image.Image]):

@@ -140,7 +140,7 @@ def parallel_map(function: Callable, items: Iterable, processes: bool = False) -
             yield waiting.popleft().result()
 
 
-# ---- Device, precision, randomness -----------------------------------------------------------
+# ---- Device, precision, randomness ---------------------------------------------------------------
 def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     """(device, reason). `name`: auto (CUDA, else CPU), cpu, cuda, cuda:1, mps (not tested)."""
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -200,7 +200,7 @@ def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:6], "little"))
 
 
-# ---- Processes (torchrun) --------------------------------------------------------------------
+# ---- Processes (torchrun) ------------------------------------------------------------------------
 @dataclass(frozen=True)
 class World:
     """The processes of a torchrun job; one process without torchrun."""
@@ -518,7 +518,7 @@ def is_plain(value: object) -> bool:
     return True
 
 
-# ---- A run's surroundings and pictures ----------------------------------------------------------
+# ---- A run's surroundings and pictures -----------------------------------------------------------
 def environment(device: torch.device) -> dict:
     """What a reader needs to repeat a run: date, versions, git commit, processor or GPU."""
     try:
