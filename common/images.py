@@ -1,6 +1,7 @@
 """Reading one picture, mask or saliency map.
 
-    load_image("photo.jpg")      photo or modality -> uint8 [3, H, W]
+    load_image("photo.jpg")      photo -> uint8 [3, H, W]
+    load_modality("depth.png")   depth, thermal or flow picture -> uint8 [3, H, W]
     load_mask("mask.png")        mask -> uint8 [1, H, W], 0 or 255, see `mask_of`
     load_map("map.png")          saliency map or cut-out -> 8-bit grey Pillow image
 
@@ -42,10 +43,10 @@ def read(path: str | Path, at_least: int | None = None) -> Image.Image:
     """Decode a picture of any format that Pillow knows and turn it upright; raises `UserError`.
 
     at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both
-    sides keep so many pixels. A full memory is not the file's fault: `MemoryError` passes.
+    sides keep so many pixels.
     """
     try:
-        # Pillow maps a grey TIFF that it opens by name, and then loses its rows if it is turned
+        # Pillow maps a grey TIFF that it opens by name, and then loses its rows if it is turned.
         with open(path, "rb") as file:
             image = Image.open(file)
             if at_least is not None:
@@ -54,30 +55,29 @@ def read(path: str | Path, at_least: int | None = None) -> Image.Image:
             if image.mode in ("LAB", "HSV"):  # Pillow knows no way from these to grey
                 image = image.convert("RGB")
             return upright(image)
-    except MemoryError:
+    except MemoryError:  # not the file's fault
         raise
-    except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise UserError(
-            f"{path} has more than {limit} million pixels and may be a decompression bomb: make it "
-            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        ) from None
-    except UnidentifiedImageError:
-        raise UserError(
-            f"{path} is not a picture that Pillow reads; fetch it again, convert it, or remove it"
-        ) from None
     except Exception as error:  # broken files make Pillow raise errors of many kinds
-        if isinstance(error, OSError) and error.errno:  # from the system, not from the decoder
-            raise UserError(
-                f"cannot read {path} ({error.strerror}); check its place and its permissions"
-            ) from None
-        raise UserError(
-            f"cannot read {path}, it is damaged ({first_line(error)}); fetch it again or remove it"
-        ) from None
+        raise UserError(f"{path} {fault(error)}") from None
+
+
+def fault(error: Exception) -> str:
+    """What is wrong with a file, and what to do, by the exception that reading it raised."""
+    if isinstance(error, Image.DecompressionBombError):
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        return (
+            f"has more than {limit} million pixels and may be a decompression bomb: make it "
+            "smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        )
+    if isinstance(error, UnidentifiedImageError):
+        return "is not a picture that Pillow reads; fetch it again, convert it, or remove it"
+    if isinstance(error, OSError) and error.errno:  # from the system, not from the decoder
+        return f"cannot be read ({error.strerror}); check its place and its permissions"
+    return f"is damaged ({first_line(error)}); fetch it again or remove it"
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn a decoded picture as its EXIF tag says; of other tags, broken or not, nothing is read.
+    """Turn a picture as its EXIF tag says.
 
     `ImageOps.exif_transpose` also writes the other tags back, which fails for odd ones.
     """
@@ -92,9 +92,8 @@ def eight_bits(image: Image.Image, stretch_below: float = 0) -> Image.Image:
     """Grey of 16 bits or floating point, which Pillow's convert() would clip at 255, as 8 bits.
 
     Values go from 0 to 65,535 (floating point: to 1, 255 or 65,535, whichever holds them) and are
-    scaled to 255. If all are then below `stretch_below` they are a sensor's numbers, such as
-    millimetres, and are stretched: the smallest above 0 becomes 1, the largest 255, and 0, which
-    stands for "not measured", stays 0.
+    scaled to 255. If all would then be below `stretch_below`, they are a sensor's numbers, such as
+    millimetres: the smallest above 0 becomes 1, the largest 255, and 0, "not measured", stays 0.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
@@ -142,9 +141,7 @@ def load_map(path: str | Path) -> Image.Image:
     """A saliency map -> 8-bit grey, mode "L"; a cut-out by its alpha; raises `UserError`."""
     image = read(path)
     alpha = alpha_of(image)
-    if alpha is not None:
-        return alpha
-    return eight_bits(image).convert("L")
+    return eight_bits(image).convert("L") if alpha is None else alpha
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -168,14 +165,13 @@ def mask_of(image: Image.Image, path: str | Path) -> np.ndarray:
 
     Raises `UserError` where this does not decide: label numbers, a void label, a photo.
     """
-    alpha = alpha_of(image)
-    if image.mode == "P" and not shows_indices(image):
-        image = Image.fromarray(np.array(image))  # the indices are all that is left
-    if image.mode in ("L", "F") or image.mode.startswith("I"):
+    numbers = image.mode in ("L", "F") or image.mode.startswith("I")
+    if numbers or image.mode == "P" and not shows_indices(image):
         return grey_mask(np.asarray(image), path)
 
     coloured = is_coloured(image)
     grey = np.asarray(image.convert("L"))
+    alpha = alpha_of(image)
     if alpha is None:
         return paint_mask(image, path) if coloured else grey_mask(grey, path)
 
@@ -216,19 +212,12 @@ def alpha_of(image: Image.Image) -> Image.Image | None:
     return alpha if low < min(high, WHITE) or invisible else None
 
 
-def palette_of(image: Image.Image) -> list[tuple[int, ...]]:
-    """The colours (R, G, B) of a palette by index; none for a picture without a palette."""
-    levels = image.getpalette("RGB") or [] if image.mode == "P" else []
-    return list(zip(levels[::3], levels[1::3], levels[2::3]))
-
-
 def shows_indices(image: Image.Image) -> bool:
-    """Whether a palette holds all the indices that are used, and not all in one colour."""
-    palette = palette_of(image)
+    """Whether a palette has a colour for every index that is used, and not the same for all."""
     used = np.unique(image)
-    if used[-1] >= len(palette):
+    if used[-1] >= len(image.getpalette() or []) // 3:
         return False
-    return len(used) == 1 or len({palette[i] for i in used}) > 1
+    return len(used) == 1 or image.convert("RGB").getcolors(1) is None
 
 
 def paint_mask(image: Image.Image, path: str | Path) -> np.ndarray:
@@ -242,10 +231,10 @@ def paint_mask(image: Image.Image, path: str | Path) -> np.ndarray:
     # The background is black, or the first entry of a palette if no entry is darker.
     background = min(colours, key=max)
     if max(background) > COLOURED:
-        first = palette_of(image)[:1]
-        if not first or max(first[0]) > max(background):
+        first = image.getpalette()[:3] if image.mode == "P" else []
+        if not first or max(first) > max(background):
             raise unclear(path, "colours without a black background", colours)
-        background = first[0]
+        background = first
 
     # A void label is neither foreground nor background.
     void = VOID in colours or image.mode == "P" and np.max(image) == 255
@@ -270,8 +259,7 @@ def grey_mask(values: np.ndarray, path: str | Path) -> np.ndarray:
         return values == levels[1]
     if len(levels) > 2 and may_be_labels(values, levels, grey):
         raise unclear(path, "levels that may be numbers of labels", levels)
-    light = levels[grey > HALF]
-    return values >= light[0] if len(light) else np.zeros(values.shape, bool)
+    return np.isin(values, levels[grey > HALF])
 
 
 def may_be_labels(values: np.ndarray, levels: np.ndarray, grey: np.ndarray) -> bool:
