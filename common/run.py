@@ -19,6 +19,7 @@ change the order of the samples.
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -201,7 +202,11 @@ class Run:
         for name, total in self.sums.items():
             self.means[name] = sum(world.gather(float(total) / todo)) / world.size
         self.seconds = time.time() - start
-        runtime.require_finite(self.means["loss"], self.epoch)
+        if not math.isfinite(self.means["loss"]):
+            raise UserError(
+                f"the loss of epoch {self.epoch} is not a number; the checkpoint of epoch "
+                f"{self.epoch - 1} is kept: start again with a lower --lr"
+            )
         world.average_statistics(self.raw)
 
     def announce(self, seconds: float) -> None:
@@ -311,10 +316,13 @@ class Run:
 
     def surroundings(self) -> dict:
         """What stays the same in args.json: command, digests of files, environment."""
-        paths = [value for value in self.flags.values() if isinstance(value, str)]
+        digests = {}
+        for value in self.flags.values():
+            if isinstance(value, str) and os.path.isfile(value):
+                digests[value] = hashlib.sha256(Path(value).read_bytes()).hexdigest()
         return {
             "command": " ".join(sys.argv),
-            "sha256": {path: runtime.sha256(path) for path in paths if os.path.isfile(path)},
+            "sha256": digests,
             **runtime.environment(self.settings.device),
         }
 

@@ -14,7 +14,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -349,15 +348,6 @@ def save_png(path: str | Path, pixels: torch.Tensor | np.ndarray) -> None:
     write_atomic(path, lambda part: picture.save(part, "PNG", compress_level=2))
 
 
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # What a numpy number (the best score so far) is made by. numpy 1 calls the module numpy.core. No
 # object but numbers is made: dtypes of other kinds are not in the list.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -389,10 +379,8 @@ def torch_load(path: str | Path) -> dict:
         if out_of_memory(error):
             raise
         raise UserError(f"{path} {why_unreadable(path, error)}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__} instead of a dict of tensors")
-    if not all(isinstance(key, str) for key in found):
-        raise UserError(f"{path} is no dict of named tensors: its keys are not all text")
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{path} does not hold a dict of named tensors")
     return found
 
 
@@ -521,13 +509,10 @@ def is_plain(value: object) -> bool:
 # ---- A run's surroundings and pictures -----------------------------------------------------------
 def environment(device: torch.device) -> dict:
     """What a reader needs to repeat a run: date, versions, git commit, processor or GPU."""
+    command = ["git", "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip()
     except OSError:
         commit = ""
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -543,15 +528,6 @@ def environment(device: torch.device) -> dict:
         "numpy": np.__version__,
         "pillow": PIL.__version__,
     }
-
-
-def require_finite(loss: float, epoch: int) -> None:
-    """Raise `UserError` if an epoch's mean loss is not a number, before a checkpoint is written."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss of epoch {epoch} is not a number; the checkpoint of epoch "
-            f"{epoch - 1} is kept: start again with a lower --lr"
-        )
 
 
 def picture_strip(

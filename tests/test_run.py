@@ -147,6 +147,15 @@ def small_stage(lists, out, *more) -> run.Run:
     return run.Run(settings, 1, bank, net, optimiser, Schedule(2, 0.1), labels)
 
 
+def test_a_loss_that_is_no_number_stops(lists, tmp_path):
+    stage = small_stage(lists, tmp_path)
+    losses = [1.5, float("nan")]
+    with pytest.raises(UserError, match="loss of epoch 2 is not a number.*of epoch 1 is kept"):
+        for _, loss in zip(stage.epochs(), losses):
+            for _ in stage.batches():
+                stage.add(loss=torch.tensor(loss))
+
+
 @pytest.mark.parametrize("phase", ["last.pt", "labels_002.pt"])
 def test_a_full_disk_leaves_the_older_checkpoint_whole(lists, tmp_path, monkeypatch, phase):
     """The disk is full when the second epoch's weights, or its labels, are half written."""
