@@ -188,20 +188,23 @@ def completed(args: argparse.Namespace, preset: dict) -> argparse.Namespace:
 
 
 def evaluation_sets(args: argparse.Namespace, usual: Sequence[str]) -> list[str]:
-    """--eval, else those of the `usual` sets that are there; the others are named on the terminal.
+    """--eval, else those of the sets that the method usually scores on which are there.
 
-    --predict or --explain alone scores nothing. Raises `UserError` for a set that is broken.
+    --predict or --explain alone scores nothing.
     """
     if args.eval is not None:
         return args.eval
-    if args.predict or args.explain:
-        return []
+    return [] if args.predict or args.explain else present(usual, args.data_root)
 
+
+def present(names: Sequence[str], root: str) -> list[str]:
+    """The sets that are there; the others are named on the terminal. Raises `UserError` for a set
+    that is broken."""
     found = []
     missing = []
-    for name in usual:
+    for name in names:
         try:
-            open_set(name, args.data_root)
+            open_set(name, root)
             found.append(name)
         except MissingSet:
             missing.append(name)
@@ -348,8 +351,8 @@ def settle(
     used = args.eval or args.predict or args.explain or quiet
     if args.weights and not used:
         raise UserError(
-            "--weights needs --eval SET, --predict PATH or --explain PHOTO (training goes on with "
-            "--resume)"
+            "--weights needs --eval SET or --predict PATH or --explain PHOTO (training goes on "
+            "with --resume)"
         )
     check_evaluation_sets(args, captions)
 
