@@ -17,11 +17,10 @@ Every set is a `torch.utils.data.Dataset` with `names`, `title`, `bytes(index)`,
     name      stem, or "folder/stem"      size      (H, W)
 
 Pairing. The innermost folder with a name from `ROLES` tells what a file is; if no folder is named
-for photos, the files without a role are the photos. A file's name is the rest of its path,
-without the suffix, in Unicode's composed form; files of one name belong together, in whatever order
-they lie. Where stem.jpg and stem.png lie side by side and there are no other masks (MSRA-B), the
-png is the mask. So the original archives, their common re-packs and your own folders open by the
-same rules. Hidden files and run folders of this project are never read.
+for photos, the files without a role are the photos. A file's name is the rest of its path, without
+the suffix, in Unicode's composed form; files of one name belong together, in whatever order they
+lie. Where stem.jpg and stem.png lie side by side and there are no other masks (MSRA-B), the png is
+the mask. Hidden files and run folders of this project are never read.
 """
 
 import argparse
@@ -31,21 +30,14 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from common.images import (  # all names: own scripts import them from here
-    is_photo,
-    load_grey,  # noqa: F401
-    load_image,
-    load_map,  # noqa: F401
-    load_mask,
-    load_modality,
-)
+from common.images import is_photo, load_image, load_mask, load_modality
 from common.runtime import UserError, cli, parallel_map, progress, say
 from data.captions import read_captions
 from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, read_split, wrong_count
@@ -65,6 +57,7 @@ WORDS = {  # names of folders by role, spelt as `plain` spells
 }
 ROLES = {word: role for role, words in WORDS.items() for word in words.split()}
 
+Listing = Iterable[tuple[Path, list[str]]]  # folders, and the names of the pictures in each
 Row = tuple[Sequence[str], Sequence[str], Path]  # folders above that of the role, below it, file
 LeftOut = list[tuple[str, str]]  # (file, reason)
 
@@ -89,74 +82,74 @@ def role_of(folder: str) -> str | None:
     return role
 
 
-def is_run(folder: str) -> bool:
-    """Whether a folder is the run folder of a script here, or a stage's folder in it."""
-    return any(os.path.exists(os.path.join(folder, mark)) for mark in (".lock", "args.json"))
-
-
-def pictures(folder: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names of its pictures), for `folder` and all below it that are not hidden.
-
-    A link that points to a folder above it is not followed. Run folders below `folder` are skipped:
-    their labels and maps are no photos. What is skipped is added to `left_out`.
-    """
-    left_out = [] if left_out is None else left_out
-
-    def unreadable(error: OSError) -> None:
-        left_out.append((error.filename, f"cannot be read ({error.strerror})"))
-
-    chains = {os.fspath(folder): [os.path.realpath(folder)]}  # a folder and those above it
-    for base, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        chain = chains.pop(base)
-        kept = []
-        for name in sorted(folders):
-            path = os.path.join(base, name)
-            real = os.path.realpath(path)
-            if name.startswith(".") or name == "__MACOSX" or real in chain:
-                continue
-            if is_run(path):
-                maps = [file for file in sorted(Path(path).rglob("*")) if is_picture(file.name)]
-                left_out += [(str(file), "in a run folder") for file in maps]
-                continue
-            chains[path] = [*chain, real]
-            kept.append(name)
-        folders[:] = kept
-        for name in sorted(files):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in UNREAD and not name.startswith("."):
-                left_out.append((os.path.join(base, name), f"not read ({suffix})"))
-        yield Path(base), sorted(filter(is_picture, files))
-
-
 def is_picture(name: str) -> bool:
     """Whether a file's name is that of a picture which is read: not hidden, a known suffix."""
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
-def scan(
-    folder: Path, part: str = "", left_out: LeftOut | None = None, ignore: Sequence[str] = ()
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the run folder of a script here, or a stage's folder in it."""
+    return os.path.exists(folder / ".lock") or os.path.exists(folder / "args.json")
+
+
+def pictures(folder: Path, left_out: LeftOut, above: Sequence[str] = ()) -> Listing:
+    """(folder, names of its pictures), for `folder` and all below it that are not hidden.
+
+    A link to one of the folders `above` is not followed, for it would never end. Run folders below
+    `folder` are skipped: their labels and maps are no photos. What is skipped is in `left_out`.
+    """
+
+    def unreadable(error: OSError) -> None:
+        left_out.append((error.filename, f"cannot be read ({error.strerror})"))
+
+    _, folders, files = next(os.walk(folder, onerror=unreadable), ("", [], []))
+    for name in sorted(files):
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in UNREAD and not name.startswith("."):
+            left_out.append((str(folder / name), f"not read ({suffix})"))
+    yield folder, sorted(filter(is_picture, files))
+
+    above = (*above, os.path.realpath(folder))
+    for name in sorted(folders):
+        path = folder / name
+        if name.startswith(".") or name == "__MACOSX" or os.path.realpath(path) in above:
+            continue
+        if is_run(path):
+            maps = [file for file in sorted(path.rglob("*")) if is_picture(file.name)]
+            left_out += [(str(file), "in a run folder") for file in maps]
+            continue
+        yield from pictures(path, left_out, above)
+
+
+def by_role(
+    folder: Path, listing: Listing, part: str = "", ignore: Sequence[str] = ()
 ) -> dict[str, list[Row]]:
-    """All pictures below `folder` by role; 'other' for those in no folder with a role.
+    """The pictures below `folder` by role; 'other' for those in no folder with a role.
 
     part: only what lies below a sub-folder whose name starts like this ('480p', 'train').
     ignore: roles whose folders are read like any other folder.
     """
+
+    def chosen(step: str) -> bool:
+        return plain(step).startswith(plain(part))
+
     found = defaultdict(list)
-    for base, files in pictures(folder, left_out):
+    for base, names in listing:
         steps = base.relative_to(folder).parts
-        chosen = [bool(part) and plain(step).startswith(plain(part)) for step in steps]
-        if part and not any(chosen):
+        if part and not any(map(chosen, steps)):
             continue
 
         # The last folder with a role decides; the first one divides the names of the others.
-        roles = [role_of(step) for step in steps]
-        places = [i for i, role in enumerate(roles) if role and role not in ignore]
-        named = [i for i in range(len(steps)) if i not in places and not chosen[i]]
-        first = places[0] if places else len(steps)
-        above = [steps[i] for i in named if i < first]
-        below = [steps[i] for i in named if i > first]
-        role = roles[places[-1]] if places else "other"
-        found[role] += [(above, below, base / file) for file in files]
+        role = "other"
+        above = []
+        below = []
+        for step in steps:
+            own = role_of(step)
+            if own and own not in ignore:
+                role = own
+            elif not part or not chosen(step):
+                (above if role == "other" else below).append(step)
+        found[role] += [(above, below, base / name) for name in names]
     return found
 
 
@@ -166,20 +159,19 @@ def find_files(folder: Path, part: str, masks: bool) -> tuple[dict[str, list[Row
     masks: whether masks are wanted. If not, folders that are only named like masks hold photos.
     """
     left_out = []
-    found = scan(folder, part, left_out)
+    listing = list(pictures(folder, left_out))
+    found = by_role(folder, listing, part)
     if not masks and not found["image"]:
         photos = set(names_of(found["other"]))
-        ignore = [kind for kind in MODALITIES if photos.isdisjoint(names_of(found[kind]))]
-        if photos.isdisjoint(names_of(found["mask"])) or not are_masks(found["mask"]):
-            ignore.append("mask")
-        left_out = []
-        found = scan(folder, part, left_out, ignore)
+        alone = [role for role in (*MODALITIES, "mask") if photos.isdisjoint(names_of(found[role]))]
+        if not are_masks(found["mask"]):
+            alone.append("mask")
+        found = by_role(folder, listing, part, ignore=alone)
 
     # Without a folder for photos they are what has no role. Else the others are strays.
+    named = found["image"] and found["mask"]  # then folders alone tell what is a mask
     if not found["image"]:
         found["image"] = found.pop("other", [])
-        if not masks:
-            left_out += [(str(file), "taken for a mask") for *_, file in found["mask"]]
     left_out += [(str(file), "beside the folder of photos") for *_, file in found["other"]]
 
     # Without masks the png beside another picture of the same stem is its mask.
@@ -187,19 +179,19 @@ def find_files(folder: Path, part: str, masks: bool) -> tuple[dict[str, list[Row
         return file.suffix.lower() == ".png" and file.with_suffix("") in stems
 
     stems = {file.with_suffix("") for *_, file in found["image"] if file.suffix.lower() != ".png"}
-    twins = [row for row in found["image"] if is_twin(row[2])]
+    twins = [row for row in found["image"] if is_twin(row[-1])]
     if not found["mask"] and (masks or are_masks(twins)):
         found["mask"] = twins
-        found["image"] = [row for row in found["image"] if not is_twin(row[2])]
-        if not masks:
-            left_out += [(str(file), "taken for a mask") for *_, file in twins]
+        found["image"] = [row for row in found["image"] if not is_twin(row[-1])]
+    if not masks and not named:
+        left_out += [(str(file), "taken for a mask") for *_, file in found["mask"]]
     return found, left_out
 
 
 def are_masks(rows: list[Row]) -> bool:
     """Whether files that lie where masks may lie are masks: one per name, the first no photo."""
     names = names_of(rows)
-    return bool(rows) and len(set(names)) == len(names) and not is_photo(rows[0][2])
+    return bool(rows) and len(set(names)) == len(names) and not is_photo(rows[0][-1])
 
 
 def names_of(rows: list[Row]) -> list[str]:
@@ -225,95 +217,48 @@ def some(names: Sequence[str]) -> str:
 
 
 # ---- Data sets -----------------------------------------------------------------------------------
-class Folder(Dataset):
-    """The pictures below one folder, sorted by name.
+class FileSet(Dataset):
+    """Pictures and what belongs to them, sorted by name.
 
-    folder, part: see `scan`;  needs: any of "mask", "depth", "thermal", "flow", "caption".
-    sparse: leave out pictures without a mask instead of refusing them.
-    Raises `UserError`: no pictures, two files of one name, a picture without something it needs;
-    when a sample is read: an unreadable file, a mask that does not fit its photo.
+    files: {role: {name: file}}, of which the photos, files["image"], say what is in the set;
+    files["caption"] holds lists of captions instead.
+    Reading raises `UserError` for an unreadable file, or a mask that does not fit its photo.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        title: str,
-        needs: Sequence[str] = ("mask",),
-        part: str = "",
-        sparse: bool = False,
-    ):
+    def __init__(self, files: dict[str, dict], title: str, left_out: LeftOut):
+        self.files = files
+        self.names = list(files["image"])
         self.title = title
-        rows, self.left_out = find_files(folder, part, "mask" in needs)
-        kinds = [kind for kind in MODALITIES if rows[kind]]
-        if len(kinds) > 1:
-            raise UserError(f"{folder} has both {' and '.join(kinds)}; keep one of them in it")
-        self.modality = kinds[0] if kinds else None
-
-        # A folder of depth maps must be whole, too. A caption is found by the whole name, or by the
-        # stem.
-        needs = dict.fromkeys((*needs, *kinds))
-        self.files = {role: by_name(rows[role]) for role in ("image", *needs)}
-        captions = read_captions(folder)
-        self.files["caption"] = {}
-        for name in self.files["image"]:
-            texts = captions.get(name) or captions.get(name.split("/")[-1])
-            if texts:
-                self.files["caption"][name] = texts
-
-        photos = self.files["image"]
-        self.names = sorted(photos)
-        if sparse:
-            masked = self.files.get("mask", photos)
-            bare = [name for name in self.names if name not in masked]
-            self.left_out += [(str(photos[name]), "without a mask") for name in bare]
-            self.names = [name for name in self.names if name in masked]
-        if not self.names:
-            what = "pictures with masks" if sparse else "pictures"
-            hint = "; data/README.md says where masks come from" if sparse else ""
-            raise UserError(f"no {what} ({', '.join(SUFFIXES)}) in {folder}{hint}")
-        self.check_whole(folder, needs)
-
-    def check_whole(self, folder: Path, needs: Iterable[str]) -> None:
-        """Raise `UserError` if a picture lacks something; count files that belong to no picture."""
-        for need in needs:
-            files = self.files[need]
-            lost = [name for name in self.names if name not in files]
-            if lost:
-                raise UserError(
-                    f"{len(lost)} of {len(self.names)} pictures in {folder} have no {need}: "
-                    f"{some(lost)}; add what is missing, as data/README.md shows"
-                )
-            if need != "caption":
-                surplus = sorted(files.keys() - self.files["image"].keys())
-                self.left_out += [(str(files[name]), f"{need} of no picture") for name in surplus]
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
         name = self.names[index]
-        path = {role: files.get(name) for role, files in self.files.items()}
-        image = load_image(path["image"])
+        own = {role: files.get(name) for role, files in self.files.items()}
+        image = load_image(own["image"])
         height, width = size = tuple(image.shape[1:])
-        mask = modality = None
-        if path.get("mask"):
-            mask = load_mask(path["mask"])
+
+        mask = None
+        if own.get("mask"):
+            mask = load_mask(own["mask"])
             if mask.shape[1:] != size:
                 raise UserError(
-                    f"{path['mask']} is {mask.shape[2]} x {mask.shape[1]} pixels, but "
-                    f"{path['image']} is {width} x {height}; a mask must fit its photo"
+                    f"{own['mask']} is {mask.shape[2]} x {mask.shape[1]} pixels, but "
+                    f"{own['image']} is {width} x {height}; a mask must fit its photo"
                 )
-        if self.modality:  # sensors and flow networks often have another resolution
-            modality = load_modality(path[self.modality])
-            modality = TF.resize(modality, list(size), antialias=True)
-        return {
-            "image": image,
-            "mask": mask,
-            "modality": modality,
-            "caption": path.get("caption"),
-            "name": name,
-            "size": size,
-        }
+
+        # Sensors and flow networks often have another resolution.
+        modality = None
+        for kind in MODALITIES:
+            if own.get(kind):
+                modality = load_modality(own[kind])
+                modality = TF.resize(modality, list(size), antialias=True)
+        caption = own.get("caption")
+        return dict(
+            image=image, mask=mask, modality=modality, caption=caption, name=name, size=size
+        )
 
     def bytes(self, index: int) -> int:
         """The size of the photo's file; raises `UserError` if it is gone."""
@@ -328,15 +273,48 @@ class Folder(Dataset):
         return load_image(self.files["image"][self.names[index]], at_least=at_least)
 
 
-class Photos(Folder):
-    """Pictures without anything that belongs to them: {name: file}."""
+def open_folder(
+    folder: Path, title: str, needs: Sequence[str], part: str = "", sparse: bool = False
+) -> FileSet:
+    """The pictures below one folder.
 
-    def __init__(self, files: dict[str, Path], title: str, left_out: LeftOut):
-        self.names = list(files)
-        self.files = {"image": files}
-        self.title = title
-        self.left_out = left_out
-        self.modality = None
+    needs: what all must have, any of "mask", "depth", "thermal", "flow", "caption".
+    part: see `by_role`;  sparse: leave out pictures without a mask instead of refusing them.
+    Raises `UserError`: no pictures, two files of one name, a picture without something it needs.
+    """
+    rows, left_out = find_files(folder, part, "mask" in needs)
+    kinds = [kind for kind in MODALITIES if rows[kind]]
+    if len(kinds) > 1:
+        raise UserError(f"{folder} has both {' and '.join(kinds)}; keep one of them in it")
+    needs = dict.fromkeys((*needs, *kinds))  # a folder of depth maps must be whole, too
+    files = {role: by_name(rows[role]) for role in ("image", *needs)}
+
+    # Files that belong to no picture, and pictures of a sparse set without a mask, are left out.
+    photos = dict(sorted(files["image"].items()))
+    for need in needs:
+        surplus = sorted(files[need].keys() - photos.keys())
+        left_out += [(str(files[need][name]), f"{need} of no picture") for name in surplus]
+    if sparse and "mask" in needs:
+        bare = [name for name in photos if name not in files["mask"]]
+        left_out += [(str(photos.pop(name)), "without a mask") for name in bare]
+    files["image"] = photos
+
+    # A caption is found by the whole name, or by the stem.
+    captions = read_captions(folder)
+    texts = {name: captions.get(name) or captions.get(name.split("/")[-1]) for name in photos}
+    files["caption"] = {name: found for name, found in texts.items() if found}
+
+    if not photos:
+        what = "pictures with masks" if sparse else "pictures"
+        raise UserError(f"no {what} ({', '.join(SUFFIXES)}) in {folder}; see data/README.md")
+    for need in needs:
+        lost = [name for name in photos if name not in files[need]]
+        if lost:
+            raise UserError(
+                f"{len(lost)} of {len(photos)} pictures in {folder} have no {need}: "
+                f"{some(lost)}; add what is missing, as data/README.md shows"
+            )
+    return FileSet(files, title, left_out)
 
 
 class View(Dataset):
@@ -368,16 +346,14 @@ class View(Dataset):
         return dataset.bytes(i)
 
     def photo(self, index: int, at_least: int) -> Tensor:
-        """The photo alone, see `Folder.photo`."""
+        """The photo alone, see `FileSet.photo`."""
         dataset, i, _ = self.picks[index]
         return dataset.photo(i, at_least)
 
 
 def join(parts: Sequence[Dataset], title: str) -> View:
     """One set after the other; the names become '<set>/<name>'."""
-    picks = []
-    for part in parts:
-        picks += [(part, i, f"{part.title}/{name}") for i, name in enumerate(part.names)]
+    picks = [(part, i, f"{part.title}/{part.names[i]}") for part in parts for i in range(len(part))]
     return View(picks, title)
 
 
@@ -435,14 +411,12 @@ def open_photos(
     that differ in the suffix alone keep it: the map of a.jpg beside a.png is a.jpg.png.
     Raises `UserError` for a path that is not there, and if there is no picture.
     """
-    paths = [Path(paths)] if isinstance(paths, (str, Path)) else list(paths)
-    for path in paths:
-        if not path.exists() and (len(paths) > 1 or is_picture(path.name)):
-            raise UserError(f"there is no file or folder {path}")
-    if len(paths) == 1 and not paths[0].is_file():
-        found = scan(paths[0])  # nothing if it is no folder
-        if not paths[0].exists() or found["image"] and any(found[kind] for kind in MODALITIES):
-            return open_set(paths[0], root, masks=False)
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    gone = [path for path in paths if not os.path.exists(path)]
+    if gone and len(paths) == 1 and not is_picture(gone[0].name):
+        return open_set(gone[0], root, masks=False)
+    if gone:
+        raise UserError(f"there is no file or folder {gone[0]}")
 
     # Every file once, even if it was given twice.
     left_out = []
@@ -450,7 +424,11 @@ def open_photos(
     for path in paths:
         found = [path]
         if path.is_dir():
-            found = [base / name for base, names in pictures(path, left_out) for name in names]
+            walked = list(pictures(path, left_out))
+            roles = by_role(path, walked)
+            if len(paths) == 1 and roles["image"] and any(roles[kind] for kind in MODALITIES):
+                return open_set(path, root, masks=False)
+            found = [base / name for base, names in walked for name in names]
         for file in found:
             if skip is not None and file.resolve().is_relative_to(skip.resolve()):
                 left_out.append((str(file), "in the folder of the maps"))
@@ -463,12 +441,12 @@ def open_photos(
     shared = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     names = [composed(Path(os.path.relpath(file, shared)).as_posix()) for file in files]
     times = Counter(os.path.splitext(name)[0].lower() for name in names)
-    for i, name in enumerate(names):
+    photos = {}
+    for name, file in zip(names, files.values()):
         stem = os.path.splitext(name)[0]
-        if times[stem.lower()] == 1:
-            names[i] = stem
+        photos[stem if times[stem.lower()] == 1 else name] = file
     title = paths[0].resolve().name if len(paths) == 1 else "photos"
-    return Photos(dict(zip(names, files.values())), title, left_out)
+    return FileSet({"image": photos}, title, left_out)
 
 
 # ---- Opening by name -----------------------------------------------------------------------------
@@ -488,20 +466,6 @@ def open_set(spec: str | Path, root: str | Path = "data", masks: bool = True) ->
     """
     text = str(spec)
     root = Path(root)
-    if "+" not in text or find_folder(text, root):
-        return open_part(text, root, masks)
-    parts = [open_part(part, root, masks) for part in text.split("+")]
-    return join(parts, "+".join(part.title for part in parts))
-
-
-def find_folder(text: str, root: Path) -> Path | None:
-    """The folder that `text` means, as a path or below `root`."""
-    paths = (Path(text).expanduser(), root / text) if text else ()
-    return next((path for path in paths if path.is_dir()), None)
-
-
-def open_part(text: str, root: Path, masks: bool) -> Dataset:
-    """Open a set that is not joint; see `open_set`."""
     if text in REGISTRY:
         dataset = open_registered(text, root, masks)
         miscount = wrong_count(text, len(dataset))
@@ -512,13 +476,18 @@ def open_part(text: str, root: Path, masks: bool) -> Dataset:
         from data.shapes import Shapes  # only who asks for shapes pays for drawing them
 
         return Shapes(**SHAPES[text])
-    folder = find_folder(text, root)
-    if folder:
-        return Folder(folder, folder.resolve().name, ("mask",) if masks else ())
+    for folder in (os.path.expanduser(text), root / text):
+        if text and os.path.isdir(folder):
+            folder = Path(folder)
+            return open_folder(folder, folder.resolve().name, ("mask",) if masks else ())
+    if "+" in text:
+        parts = [open_set(part, root, masks) for part in text.split("+")]
+        return join(parts, "+".join(part.title for part in parts))
     if "@" in text:
         name, _, path = text.rpartition("@")
-        dataset = open_part(name, root, masks)
+        dataset = open_set(name, root, masks)
         return restrict(dataset, read_list(path), path, f"{dataset.title}@{Path(path).stem}")
+
     names = {plain(name): name for name in (*REGISTRY, *SHAPES)}
     near = difflib.get_close_matches(plain(text), names, n=1)
     guess = f"did you mean {names[near[0]]}? " if near else ""
@@ -543,7 +512,7 @@ def read_list(path: str | Path) -> list[str]:
 
 
 def open_registered(name: str, root: Path, masks: bool = True) -> Dataset:
-    """Open a registered set; raises `MissingSet`, or `UserError` as `Folder` does."""
+    """Open a registered set; raises `MissingSet`, or `UserError` as `open_folder` does."""
     entry = REGISTRY[name]
     places = entry.places.split()
     for place in places:
@@ -566,10 +535,10 @@ def open_place(place: str, name: str, root: Path, masks: bool) -> Dataset | None
     place, _, part = place.partition("/")
     folders = {plain(path.name): path for path in root.glob("*") if path.is_dir()}
     folder = folders.get(plain(place))
-    if folder is None or part and not any(scan(folder, part).values()):
+    if folder is None or part and not any(by_role(folder, pictures(folder, []), part).values()):
         return None
     needs = [need for need in entry.needs.split() if masks or need != "mask"]
-    dataset = Folder(folder, name, needs, part, entry.sparse)
+    dataset = open_folder(folder, name, needs, part, entry.sparse)
     if split:
         source = f"data/splits/{entry.origin}.txt"
         return restrict(dataset, read_split(entry.origin, split), source, name)
@@ -585,70 +554,59 @@ def check(name: str, root: Path, deep: bool = False) -> tuple[str, int, str]:
     """
     try:
         dataset = open_registered(name, root) if name in REGISTRY else open_set(name, root)
-    except MissingSet as error:
-        return "missing", 0, str(error)
     except UserError as error:
-        return "broken", 0, str(error)
+        return "missing" if isinstance(error, MissingSet) else "broken", 0, str(error)
     report_left_out(dataset)
-    fault = wrong_count(name, len(dataset))
-    note = ""
-    if deep:
-        bad, note = look_deep(dataset, name)
-        fault = bad or fault
+    notes = look_deep(dataset, name) if deep else {}
+    fault = notes.pop("bad sample", "") or wrong_count(name, len(dataset))
     if fault:
         return "broken", len(dataset), fault
-    if name in REGISTRY and REGISTRY[name].counts:
-        return "complete", len(dataset), note
-    return "present", len(dataset), note
+    known = name in REGISTRY and REGISTRY[name].counts
+    return "complete" if known else "present", len(dataset), "; ".join(notes.values())
 
 
-def look_deep(dataset: Dataset, name: str) -> tuple[str, str]:
-    """(what is broken, what is unusual) in the samples of a set, each '' or one clause."""
-    kinds = {"bad sample": [], "empty mask": [], "full mask": []}
+def look_deep(dataset: Dataset, name: str) -> dict[str, str]:
+    """{what is broken or unusual: how many samples are, and the first} of a set."""
+    found = {"bad sample": [], "empty mask": [], "full mask": []}
 
-    def look(index: int) -> tuple[str, str] | None:
+    def look(index: int) -> tuple[str, str]:
         try:
             mask = dataset[index]["mask"]
         except UserError as error:
             return "bad sample", str(error)
         if mask is None or mask.any() and not mask.all():
-            return None
-        return ("full mask" if mask.all() else "empty mask"), dataset.names[index]
+            return "", ""
+        return "full mask" if mask.all() else "empty mask", dataset.names[index]
 
     looks = parallel_map(look, range(len(dataset)))
-    for found in progress(looks, f"read {name}", len(dataset)):
-        if found:
-            kinds[found[0]].append(found[1])
-    clauses = {
+    for kind, item in progress(looks, f"read {name}", len(dataset)):
+        if kind:
+            found[kind].append(item)
+    return {
         kind: f"{len(items)} {kind}s, the first: {items[0]}"
-        for kind, items in kinds.items()
+        for kind, items in found.items()
         if items
     }
-    bad = clauses.pop("bad sample", "")
-    return bad, "; ".join(clauses.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """List the registered sets; exit status 1 if one that was named is broken or missing."""
     parser = argparse.ArgumentParser(prog="python -m common.datasets", description=main.__doc__)
-    parser.add_argument("sets", nargs="*", metavar="SET", help="names or folders [all]")
-    parser.add_argument(
-        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="where they lie [data]"
-    )
-    parser.add_argument(
-        "--deep", action="store_true", help="open every file, and count empty and full masks"
-    )
+    add = parser.add_argument
+    add("sets", nargs="*", metavar="SET", help="names or folders [all]")
+    add("--data-root", type=Path, default="data", metavar="DIR", help="where they lie [data]")
+    add("--deep", action="store_true", help="open every file, and count empty and full masks")
     args = parser.parse_args(argv)
+
     failed = False
-    say(f"{'set':17} {'state':9} {'images':>7} {'expected':>13}  reason")
+    say(f"{'set':17} {'state':9} {'images':>7}  reason")
     for name in args.sets or REGISTRY:
         state, count, reason = check(name, args.data_root, args.deep)
         failed |= state in ("broken", "missing")
         entry = REGISTRY.get(name)
-        expected = " or ".join(map(str, entry.counts)) if entry else ""
         if state == "missing" and not args.sets:  # a whole list of sentences would be hard to read
             reason = SOURCES[entry.origin]
-        say(f"{name:17} {state:9} {count or '-':>7} {expected or '-':>13}  {reason}".rstrip())
+        say(f"{name:17} {state:9} {count or '-':>7}  {reason}".rstrip())
         if args.sets and entry:
             say(f"    source: {SOURCES[entry.origin]}\n    terms:  {TERMS[entry.origin]}")
     if args.sets and failed:

@@ -661,7 +661,7 @@ def test_checker_command(tmp_path, capsys):
     pairs(tmp_path / "FBMS", "ab")
     main([*root, "FBMS"])
     shown = capsys.readouterr().out
-    assert re.search(r"FBMS +present +2 ", shown) and SOURCES["FBMS"] in shown
+    assert re.search(r"FBMS +present +2\n", shown) and SOURCES["FBMS"] in shown
     assert TERMS["FBMS"] in shown
     with pytest.raises(SystemExit) as status:
         main([*root, "FBMS", "SIP"])

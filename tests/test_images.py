@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.datasets import load_grey, load_image, load_map, load_mask
-from common.images import load_modality, read
+from common.images import load_grey, load_image, load_map, load_mask, load_modality, read
 from common.runtime import UserError
 
 ROW = np.array([[0, 100, 200, 255]], np.uint8)  # [1, 4]
