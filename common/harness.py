@@ -197,8 +197,9 @@ def mirror(forward: Forward, bank: Bank) -> float:
             parts.append(torch.sigmoid(forward(images)))
         return torch.cat(parts)  # [64, 1, S, S]
 
-    straight, mirrored = maps(False), maps(True).flip(3)
-    return torch.corrcoef(torch.stack([straight.flatten(), mirrored.flatten()]))[0, 1].item()
+    straight = maps(False).flatten()
+    mirrored = maps(True).flip(3).flatten()
+    return torch.corrcoef(torch.stack([straight, mirrored]))[0, 1].item()
 
 
 class Watch:
@@ -250,6 +251,7 @@ def panels(path: Path, pictures: Sequence[tuple[str, Tensor]], columns: int = 5)
     width = 256
     first = pictures[0][1]
     height = round(width * first.shape[-2] / first.shape[-1])
+    height = min(max(height, 1), 4 * width)  # of a very long photo
     cells = []
     for title, picture in pictures:
         scale = 255 if picture.dtype == torch.uint8 else 1

@@ -142,6 +142,12 @@ def test_panels_show_every_picture_under_its_title(tmp_path):
     assert (cell[64:, :128] == 0).all() and (cell[:64, 128:] == 0).all()
 
 
+@pytest.mark.parametrize("size, height", [((1, 3000), 1), ((3000, 1), 1024)])
+def test_panels_of_a_very_long_photo_have_bounds(tmp_path, size, height):
+    harness.panels(tmp_path / "a.png", [("photo", torch.ones(3, *size))])
+    assert Image.open(tmp_path / "a.png").size == (256 + 4, 20 + height + 4)
+
+
 def test_a_predictor_takes_any_kind_of_photo():
     sod = harness.Predictor(brightness, settings(Path("."), []))
     grey = Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20))

@@ -68,6 +68,16 @@ def test_a_sweep_over_seeds_keeps_its_runs():
     ]  # fmt: skip
 
 
+def test_explain_takes_the_network_of_the_project_and_scores_nothing():
+    parse = class_net.build_parser().parse_args
+    args = parse(["--explain", "a.jpg"])
+    assert flags.checkpoint_of(args, "class_net", "last.pt") == flags.NETWORKS / "class_net.pt"
+    assert flags.evaluation_sets(args, ["shapes-test"]) == []
+    assert flags.plain_flags(args, torch.device("cpu"))["explain"] is None
+    args = parse(["--explain", "a.jpg", "--data", "photos"])
+    assert str(flags.checkpoint_of(args, "class_net", "last.pt")) == "runs/class_net-photos/last.pt"
+
+
 # ---- The run folder ------------------------------------------------------------------------------
 def test_a_folder_is_written_to_by_one_process_at_a_time(lists, tmp_path):
     small = [*small_flags(lists, size=64), *SMALL.split(), "--out", str(tmp_path / "run")]
