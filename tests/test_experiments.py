@@ -1,5 +1,6 @@
 """What the experiments share: means and ranges, tables between markers, commands without paths."""
 
+import json
 from argparse import Namespace
 
 import pytest
@@ -42,4 +43,21 @@ def test_a_finished_row_is_not_trained_again(tmp_path):
     assert folder == tmp_path / "a2s" / "a3-the-paper-s-seed-0"
     folder.mkdir(parents=True)
     (folder / "experiment.json").write_text('{"minutes": 3}')
-    assert tables.train(args, "nothing.py", "a2s/A3, the paper's seed 0", "")["minutes"] == 3
+    assert tables.train(args, "nothing.py", folder, "")["minutes"] == 3
+
+
+def test_a_table_shows_what_was_trained_and_says_what_was_not(tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text("<!-- table: t -->\n<!-- end -->")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    args = Namespace(out=tmp_path / "runs", seeds=[0, 1], rows=["none of them"])
+    for seed, mae in ((0, 0.1), (1, 0.3)):
+        folder = tables.run_folder(args, f"t/first seed {seed}")
+        folder.mkdir(parents=True)
+        run = {"scores": {"": {"MAE": mae}}, "minutes": 2.0, "command": "c", "commit": "abc"}
+        (folder / "experiment.json").write_text(json.dumps(run))
+    rows = {"first": "", "second": "--lr 1"}
+    tables.table(args, "page.md", "t", "a2s.py", "", rows, {"MAE": tables.score("", "MAE")})
+    lines = (tmp_path / "page.md").read_text().split("\n")
+    assert lines[1] == "| row | MAE | minutes |"
+    assert lines[3:5] == ["| first | .200 (.100 to .300) | 2 |", "| second | not run | not run |"]
+    assert lines[6:8] == ["First row: `c`, commit abc.", "The others add: second: `--lr 1`."]

@@ -1,11 +1,12 @@
 """What the experiments share: train a row of a table unless it has been, write the table to a page.
 
     args = options(__doc__)                            # where photos and weights lie, which seeds
-    scores = train(args, "a2s.py", "zeros-seed0", "--stage 1 --epochs 3 --seed 0")
-    write_table(args, "docs/a2s.md", "a2s_photos", header, rows, commands)
+    table(args, "docs/a2s.md", "a2s_photos", "a2s.py", flags, ROWS, COLUMNS)
 
-A row lies in its own run folder below --out. It is finished when experiment.json is there; an
-interrupted one continues with --resume. So a queue of tables can be stopped and started again.
+A row is a name and what it changes in the flags; a column is a name and what it takes from a run,
+the record that `train` returns. A run lies in its own folder below --out. It is finished when
+experiment.json is there; an interrupted one continues with --resume. So a queue of tables can be
+stopped and started again.
 """
 
 import argparse
@@ -13,8 +14,7 @@ import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,18 +48,68 @@ def photo_flags(args: argparse.Namespace, size: int) -> str:
     )
 
 
+def table(
+    args: argparse.Namespace,
+    page: str,
+    name: str,
+    script: str,
+    flags: str,
+    rows: dict[str, str],
+    columns: dict[str, Callable[[dict], float]],
+    before: Callable[[Path, int], None] = lambda folder, seed: None,
+) -> None:
+    """Train the rows that are asked for with every seed, and write a table of means and ranges.
+
+    Rows that nobody has trained say "not run". before(folder, seed): is called before a run.
+    """
+    lines, notes = [], []
+    for row, change in rows.items():
+        found = []
+        for seed in args.seeds:
+            folder = run_folder(args, f"{name}/{row} seed {seed}")
+            if wanted(args, row):
+                before(folder, seed)
+                found.append(train(args, script, folder, f"{flags} --seed {seed} {change}"))
+            elif (folder / "experiment.json").exists():
+                found.append(json.loads((folder / "experiment.json").read_text()))
+        cells = [spread([take(run) for run in found]) for take in columns.values()]
+        minutes = f"{sum(run['minutes'] for run in found) / len(found):.0f}" if found else "not run"
+        lines.append([row, *cells, minutes])
+        if found and not notes:
+            notes = [f"First row: `{found[0]['command']}`, commit {found[0]['commit']}."]
+    changes = "; ".join(f"{row}: `{change}`" for row, change in rows.items() if change)
+    notes.append(f"The others add: {changes}." if changes else "")
+    write_table(page, name, ["row", *columns, "minutes"], lines, notes)
+
+
+def share_labels(args: argparse.Namespace, row: str) -> Callable[[Path, int], None]:
+    """A `before` of `table`: a stage 2 finds the pseudo labels of the stage 1 named "TABLE/ROW"."""
+
+    def share(folder: Path, seed: int) -> None:
+        labels = run_folder(args, f"{row} seed {seed}") / "pseudo"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "pseudo").exists():
+            (folder / "pseudo").symlink_to(labels)
+
+    return share
+
+
+def score(title: str, name: str) -> Callable[[dict], float]:
+    """A column: a score of a run, for example of the title "-label"; "" is the method's map."""
+    return lambda run: run["scores"][title][name]
+
+
 def run_folder(args: argparse.Namespace, name: str) -> Path:
     """Where the run of a row lies: its name in plain letters, below --out."""
     return args.out.resolve() / re.sub("[^a-z0-9/]+", "-", name.lower())
 
 
-def train(args: argparse.Namespace, script: str, name: str, flags: str) -> dict:
-    """Run `script` with `flags` into the run folder `name`, unless it is finished.
+def train(args: argparse.Namespace, script: str, folder: Path, flags: str) -> dict:
+    """Run `script` with `flags` into a run folder, unless it is finished.
 
-    Returns experiment.json: command, commit, minutes, scores {title: {name: value}} of all stages,
-    and the last line of each stage's log.
+    Returns experiment.json: command, commit, minutes of training, scores {title: {name: value}} of
+    all stages, the last line of each stage's log, and the folder.
     """
-    folder = run_folder(args, name)
     record = folder / "experiment.json"
     if record.exists():
         return json.loads(record.read_text())
@@ -67,22 +117,23 @@ def train(args: argparse.Namespace, script: str, name: str, flags: str) -> dict:
     if list(folder.glob("**/last.pt")):
         command.append("--resume")
     print("python", *command, flush=True)
-    start = time.time()
     subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
-    scores, logs = {}, {}
+
+    # What the stages of the run have left.
+    scores, logs, about = {}, {}, []
     for file in sorted(folder.glob("**/eval.json")):
         scores |= json.loads(file.read_text())
     for file in sorted(folder.glob("**/log.jsonl")):
         logs[file.parent.name] = json.loads(file.read_text().strip().split("\n")[-1])
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-    )
+    for file in sorted(folder.glob("**/args.json")):
+        about.append(json.loads(file.read_text()))
     result = {
         "command": shown(args, f"python {script} {flags}"),
-        "commit": commit.stdout.strip(),
-        "minutes": round((time.time() - start) / 60, 1),
+        "commit": about[-1]["commit"],
+        "minutes": sum(one["minutes"] for one in about),
         "scores": {title.split("test140")[-1]: row for title, row in scores.items()},
         "logs": logs,
+        "folder": str(folder),
     }
     record.write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -98,11 +149,13 @@ def shown(args: argparse.Namespace, command: str) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """'.719 (.712 to .731)': the mean over seeds, the least and the greatest."""
+    """'.719 (.712 to .731)': the mean over seeds, the least and the greatest; or "not run"."""
 
     def short(value: float) -> str:
         return f"{value:.3f}".replace("0.", ".", 1)
 
+    if not values:
+        return "not run"
     mean = short(sum(values) / len(values))
     if len(values) == 1:
         return f"{mean} (one seed)"
