@@ -31,8 +31,8 @@ PAD, START, END = 0, 1, 2
 LENGTH = 30
 
 # What the readers below raise where a file of captions has another form than they expect.
-FORM_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
-FORM_ERRORS += (IsADirectoryError,)
+FORM_ERRORS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+FORM_ERRORS += (csv.Error, IsADirectoryError)
 
 
 # ---- Files of captions ---------------------------------------------------------------------------
@@ -209,9 +209,8 @@ class Scores:
         same = [o["mask"] for o in objects if o["class"] == kinds[0] and o["colour"] == before]
         if same:
             mask = torch.from_numpy(sum(same) > 0).to(m)
-            heat = F.interpolate(m[None, None], mask.shape, mode="bilinear", align_corners=False)[
-                0, 0
-            ]
+            heat = F.interpolate(m[None, None], mask.shape, mode="bilinear", align_corners=False)
+            heat = heat[0, 0]
             inside = (heat * mask).sum() / heat.sum().clamp(min=1e-9)
             self.sums.update(true=1, area=mask.mean().item(), inside=inside.item())
 
@@ -257,8 +256,9 @@ class Scores:
 
 # ---- Pictures ------------------------------------------------------------------------------------
 def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int = 160) -> Tensor:
-    """A strip: pictures [C, S, S] in [0, 1], and the first again for each word, bright where its
-    map [h, w] is high; maps [words, h, w]. uint8 [side + 16, side * n, 3]"""
+    """Pictures [C, S, S] in [0, 1] in a row, then the first one again for each word, bright where the
+    word's map is high. maps: [words, h, w]. Returns uint8 [side + 16, side * cells, 3].
+    """
     cells = [TF.resize(p.cpu(), [side, side]).expand(3, -1, -1) for p in pictures]
     for m in maps.cpu().float():
         m = m / m.max().clamp(min=1e-9)
