@@ -256,8 +256,9 @@ class Scores:
 
 # ---- Pictures ------------------------------------------------------------------------------------
 def draw_words(pictures: list[Tensor], said: list[str], maps: Tensor, side: int = 160) -> Tensor:
-    """Pictures [C, S, S] in [0, 1] in a row, then the first one again for each word, bright where the
-    word's map is high. maps: [words, h, w]. Returns uint8 [side + 16, side * cells, 3].
+    """Pictures [C, S, S] in [0, 1] in a row, then the first again for each word, lit by its map.
+
+    maps: [words, h, w]. Returns uint8 [side + 16, side * cells, 3].
     """
     cells = [TF.resize(p.cpu(), [side, side]).expand(3, -1, -1) for p in pictures]
     for m in maps.cpu().float():
