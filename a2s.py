@@ -740,26 +740,26 @@ def detector_logit(net: Detector, image: Tensor, amp: str) -> Tensor:
 
 @torch.no_grad()
 def explain_activation(net: ActivationNet, photo: Tensor, image: Tensor, to_label: ToLabel):
-    """Stage 1 at work on one photo, as titled pictures: Figs. 1, 4, 5 and 7 of the paper."""
+    """Stage 1 at work on one photo, as titled pictures: Figs. 1, 4 and 5 of the paper."""
     # The activation map, and what lies above its mean, its median and Otsu's threshold.
     net.eval()
     m = net.features(image)[0].float().sum(1, keepdim=True)  # M [1, 1, S/2, S/2]
     pictures = [("photo", photo), ("M, the sum of F", stretched(m))]
     for name, threshold in THRESHOLDS.items():
-        pictures.append((f"M above its {name}", (m >= threshold(m))[0]))
+        pictures.append((f"M cut by its {name}, Table I", (m >= threshold(m))[0]))
 
     # The decision value with its sign, and the label after more and more steps of the CRF.
     theta = net(image)[0].float()  # [1, 1, S, S]
     pictures.append(("sigmoid(theta), Eqs. 3, 5", torch.sigmoid(theta)[0]))
     for iterations in (1, 3, 10):
-        title = f"G after {iterations} CRF steps, Eq. 6"
+        title = f"G, CRF iterations: {iterations}, Eq. 6"
         pictures.append((title, to_label(image, theta, iterations=iterations)[0]))
     return pictures
 
 
 @torch.no_grad()
 def explain_detector(net: Detector, photo: Tensor, image: Tensor):
-    """Stage 2 at work on one photo, as titled pictures: Figs. 10 and 11 of the paper."""
+    """Stage 2 at work on one photo, as titled pictures: Fig. 11 of the paper."""
     names = [*(f"laterals.{i}" for i in range(5)), "region", "local"]
     seen = outputs_of(net, names, image)
     pictures = [("photo", photo)]
