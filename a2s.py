@@ -51,7 +51,7 @@ from common.backbones import backbone
 from common.bank import Bank, MapBank
 from common.crf import dense_crf, hard_unary, median_filter
 from common.datasets import load_mask, open_set
-from common.explain import one_photo, outputs_of, stretched
+from common.explain import one_photo, outputs_of, panels, stretched
 from common.flags import Schedule, Settings
 from common.published import a2s_state
 from common.run import Run, claim
@@ -847,7 +847,7 @@ def use(args: argparse.Namespace) -> None:
             pictures = explain_activation(net, photo, image, label_maker(args))
         else:
             pictures = explain_detector(net, photo, image)
-        harness.panels(path, pictures)
+        panels(path, pictures)
 
 
 def label_maker(args: argparse.Namespace) -> ToLabel:

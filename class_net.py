@@ -48,7 +48,7 @@ from common import flags, harness, runtime
 from common.backbones import backbone
 from common.bank import Bank, crop, draw_crops
 from common.datasets import open_set
-from common.explain import one_photo, outputs_of, stretched
+from common.explain import one_photo, outputs_of, panels, stretched
 from common.flags import Schedule, Settings
 from common.published import class_state
 from common.run import Run, claim
@@ -682,7 +682,7 @@ def use(args: argparse.Namespace) -> None:
         harness.predict(logit, settings, args.overlay, args.skip_existing)
     if args.explain:
         photo, image, path = one_photo(args.explain, settings)
-        harness.panels(path, explain(net, photo, image), columns=4)
+        panels(path, explain(net, photo, image), columns=4)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
+from common import runtime
 from common.datasets import open_photos
 from common.flags import Settings
 from common.harness import stack
+from common.images import to_tensor
 
 
 def one_photo(file: Path, settings: Settings) -> tuple[Tensor, Tensor, Path]:
@@ -50,3 +56,40 @@ def stretched(x: Tensor) -> Tensor:
     x = x.float().mean(1)
     x = x - x.min()
     return x / x.max().clamp(min=1e-12)
+
+
+def panels(path: Path, pictures: Sequence[tuple[str, Tensor]], columns: int = 5) -> None:
+    """Save titled pictures in rows, all 256 pixels wide and of the first picture's aspect ratio.
+
+    pictures: (title, [3, H, W], [1, H, W] or [H, W]); uint8, bool, or floats in [0, 1].
+    Cells of a small map stay visible as squares of one colour.
+    """
+    width = 256
+    first = pictures[0][1]
+    height = round(width * first.shape[-2] / first.shape[-1])
+    height = min(max(height, 1), 4 * width)  # of a very long photo
+    cells = []
+    for title, picture in pictures:
+        scale = 255 if picture.dtype == torch.uint8 else 1
+        x = picture.reshape(-1, *picture.shape[-2:]).cpu().float() / scale  # [1 or 3, H, W]
+        small = x.shape[-1] < width
+        mode = InterpolationMode.NEAREST if small else InterpolationMode.BILINEAR
+        x = TF.resize(x, [height, width], mode).expand(3, -1, -1)
+        cell = torch.cat([heading(title, width), x], 1)
+        cells.append(F.pad(cell, (0, 4, 0, 4), value=1.0))  # white between the pictures
+
+    # The last row is filled up with white.
+    columns = min(columns, len(cells))
+    cells += [torch.ones_like(cells[0])] * (-len(cells) % columns)
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    runtime.picture_strip(path, rows, cells[0].shape[1:])
+
+
+def heading(title: str, width: int) -> Tensor:
+    """A white strip [3, 20, width] with a title, shortened if it is longer than the strip."""
+    strip = Image.new("RGB", (width, 20), "white")
+    draw = ImageDraw.Draw(strip)
+    while draw.textlength(title) > width - 8:
+        title = title[:-4] + "..."
+    draw.text((4, 4), title, fill="black")
+    return to_tensor(strip) / 255

@@ -1,5 +1,6 @@
 """--explain: what it takes from a network, and the pictures of the networks that are shipped."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import refused
@@ -8,7 +9,7 @@ from torch import nn
 
 import a2s
 import class_net
-from common.explain import outputs_of, stretched
+from common.explain import outputs_of, panels, stretched
 
 
 def test_outputs_of_parts_of_a_network_are_what_they_gave():
@@ -78,3 +79,37 @@ def test_ablations_of_class_leave_out_their_panels():
     titles = [title for title, _ in class_net.explain(net, image[0], image)]
     channels = [f"channels, level {level}, Eq. 4" for level in "432"]
     assert titles == ["photo", "a deep cell", *channels, "D_2"]
+
+
+# ---- Pictures with titles -----------------------------------------------------------------------
+def test_panels_show_every_picture_under_its_title(tmp_path):
+    """Three columns of 256 pixels and a gap of 4; each panel is 128 high below 20 for the title."""
+    board = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # [2, 2]
+    pictures = [
+        ("the photo", torch.full((3, 300, 600), 200, dtype=torch.uint8)),
+        ("cells", board),
+        ("the same, with a title that is far too long to be written in one line", board[None]),
+        ("inside", board > 0),
+    ]
+    panels(tmp_path / "explain" / "a.png", pictures, columns=3)
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "explain" / "a.png")))
+    assert sheet.shape == (2 * (20 + 128 + 4), 3 * (256 + 4), 3)
+
+    # Every title is dark on white and leaves a margin; the two places without a picture are white.
+    rows, columns = sheet.split(20 + 128 + 4), range(0, 3 * 260, 260)
+    for row, left, dark in zip([*rows[:1] * 3, rows[1]], [*columns, 0], [200, 0, 0, 0]):
+        cell = row[:, left : left + 260]
+        assert cell[:20].min() < 100 and (cell[:20, -6:] == 255).all()
+        assert cell[20:148, :256].min() == dark
+    assert (rows[1][:, 260:] == 255).all()
+
+    # Cells keep their edges.
+    cell = rows[0][20:148, 260:516, 0]
+    assert (cell[:64, :128] == 255).all() and (cell[64:, 128:] == 255).all()
+    assert (cell[64:, :128] == 0).all() and (cell[:64, 128:] == 0).all()
+
+
+@pytest.mark.parametrize("size, height", [((1, 3000), 1), ((3000, 1), 1024)])
+def test_panels_of_a_very_long_photo_have_bounds(tmp_path, size, height):
+    panels(tmp_path / "a.png", [("photo", torch.ones(3, *size))])
+    assert Image.open(tmp_path / "a.png").size == (256 + 4, 20 + height + 4)

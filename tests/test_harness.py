@@ -9,6 +9,7 @@ from helpers import write_photo
 from PIL import Image
 
 from common import harness
+from common.crf import dense_crf
 from common.datasets import open_set
 from common.flags import Settings
 from common.runtime import UserError, World
@@ -115,39 +116,6 @@ def test_overlay_by_hand():
     assert white.sum() == 4 * 4 - 2 * 2 and white[1, 1] and not white[2, 2] and not white[0, 1]
 
 
-def test_panels_show_every_picture_under_its_title(tmp_path):
-    """Three columns of 256 pixels and a gap of 4; each panel is 128 high below 20 for the title."""
-    board = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # [2, 2]
-    pictures = [
-        ("the photo", torch.full((3, 300, 600), 200, dtype=torch.uint8)),
-        ("cells", board),
-        ("the same, with a title that is far too long to be written in one line", board[None]),
-        ("inside", board > 0),
-    ]
-    harness.panels(tmp_path / "explain" / "a.png", pictures, columns=3)
-    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "explain" / "a.png")))
-    assert sheet.shape == (2 * (20 + 128 + 4), 3 * (256 + 4), 3)
-
-    # Every title is dark on white and leaves a margin; the two places without a picture are white.
-    rows, columns = sheet.split(20 + 128 + 4), range(0, 3 * 260, 260)
-    for row, left, dark in zip([*rows[:1] * 3, rows[1]], [*columns, 0], [200, 0, 0, 0]):
-        cell = row[:, left : left + 260]
-        assert cell[:20].min() < 100 and (cell[:20, -6:] == 255).all()
-        assert cell[20:148, :256].min() == dark
-    assert (rows[1][:, 260:] == 255).all()
-
-    # Cells keep their edges.
-    cell = rows[0][20:148, 260:516, 0]
-    assert (cell[:64, :128] == 255).all() and (cell[64:, 128:] == 255).all()
-    assert (cell[64:, :128] == 0).all() and (cell[:64, 128:] == 0).all()
-
-
-@pytest.mark.parametrize("size, height", [((1, 3000), 1), ((3000, 1), 1024)])
-def test_panels_of_a_very_long_photo_have_bounds(tmp_path, size, height):
-    harness.panels(tmp_path / "a.png", [("photo", torch.ones(3, *size))])
-    assert Image.open(tmp_path / "a.png").size == (256 + 4, 20 + height + 4)
-
-
 def test_a_predictor_takes_any_kind_of_photo():
     sod = harness.Predictor(brightness, settings(Path("."), []))
     grey = Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20))
@@ -155,3 +123,17 @@ def test_a_predictor_takes_any_kind_of_photo():
         saliency = sod(photo)
         assert saliency.mode == "L" and saliency.size == (20, 10)
     assert [s.size for s in sod([grey, grey.resize((7, 5))])] == [(20, 10), (7, 5)]
+
+
+def test_the_crf_of_predictions_keeps_a_thin_object_of_nearly_the_same_colour():
+    """A line of three pixels, 15 grey levels lighter than the rest: srgb 13 and compat 10 erase it."""
+    random = torch.Generator().manual_seed(0)
+    photo = torch.randint(95, 105, (3, 40, 60), generator=random, dtype=torch.uint8)
+    photo[:, 19:22] += 15
+    logit = torch.full((1, 40, 60), -2.0)
+    logit[:, 19:22] = 1.0
+    usual = dense_crf(photo[None], torch.sigmoid(logit)[None], sxy=80.0)[0, 0]
+    assert (usual[19:22] < 0.5).all()
+    refined = harness.finish(logit, {"name": "", "image": photo, "size": (40, 60)}, crf=True)
+    assert (refined[19:22] > 127).all()
+    assert (refined[:19] < 127).all() and (refined[22:] < 127).all()
