@@ -25,49 +25,17 @@ Usage
     python unified_usod.py --data DUTS-TR+RGBD-TR+VT5000-TR    # the paper's joint training
     python unified_usod.py --data photos/         # photos/images, and photos/depth if there is one
     python unified_usod.py --data photos/ --predict photos/    # with the network just trained
+    python unified_usod.py --data photos/ --explain photo.jpg  # the method at work, step by step
     torchrun --nproc_per_node=4 unified_usod.py --data DUTS-TR+RGBD-TR+VT5000-TR
 
 Results. The paper (MoCo v2 ResNet-50, RTX 3090) reports F / MAE on ECSSD .923 / .038, NJUD .876 /
 .049, VT5000 .843 / .038, and, carried over, DAVIS .793 / .030. Ours at that size: not run. At small
 scale: docs/unified_usod.md.
 
-Departures. The paper is the default. Where it is silent, the released code is followed: the first
-level is taken after a pooling, the corners decide on the sign, Otsu's threshold, MoCo v2 of 200
-epochs; in stage 2 half weight for the second scale, 0.2 for the photo chain's head, no weight
-decay, encoders frozen for a tenth of the epochs and trained at a tenth of the rate afterwards, SPR
-from then on. --released also follows the code where it contradicts the paper:
- D1 The curriculum's epoch Ec is fractional: 0 at the first step. Released: the whole epoch number,
-    counted from 1.
- D2 The distilling loss is linear in |S - 0.5|. Released: its exponent falls from 2 to nearly 1
-    (--power annealed).
- D3 The curriculum applies in transfer as well (Fig. 2). Released: it does not.
- D4 The learning rate of stage 2 is constant. Released: it falls linearly to a fifth, as in stage 1.
- D5 SPR weighs prior, posterior and previous label with 0.2, 0.6, 0.2, and PAR's output is scaled so
-    that its weights add up to 1. Released: 0.1, 0.7, 0.2, and PAR's map and the new label are
-    divided by their maxima. (The released code also stretches a label to [0, 1] before it is cut,
-    which is not done here, and runs SPR only with its flag --olr.)
- D14 --transfer rsi trains on the training parts of ORSSD and EORSSD, 2,000 photos. Released: on
-    RSSD-TR, 4,000 photos, which holds those of ORSI-4199 too.
-... and where the paper is silent and the code does not convince:
- D6 Which side is the object is decided on the first scale and used for both. Released: each scale
-    decides for itself, and the two can disagree.
- D7 BatchNorm of pretrained or frozen layers uses stored statistics, as in a2s.py (--bn). They were
-    made of normalised pixels, so the modality is normalised like a photo. Released: statistics of
-    the batch, and the modality in [0, 1].
- D13 L_ms resizes the first scale's output like every other output, without aligning the centres of
-    the corner pixels. Released: aligned.
-The following hold with and without --released:
- D8 PAR is that of AFA, which the paper cites and the released code uses. Eqs. 5 and 7 leave out its
-    square, its dilations and its iterations.
- D9 L_sc is a mean square, as in the released code; the paper writes a norm.
- D10 A batch without a boundary has L_btm = 0 (in the released code it is not a number). Labels have
-    8 bits.
- D11 Each of several processes has its own boundaries in L_btm and its own BatchNorm statistics,
-    which are averaged after each epoch.
- D12 The adapter starts with a gate near 0 and pads by replication. Released: random start, zero
-    padding.
-Not implemented: the adapter that the released code puts into the detector, whose training crashes
-there. As its README says, transfer trains a new detector on the target's labels (Fig. 2).
+Departures. The paper is the default. Where it is silent, the released code is followed, but for the
+sign, BatchNorm and L_ms of D6, D7 and D13. --released follows that code in these, too, and where it
+contradicts the paper. docs/unified_usod.md explains every departure; D1 to D14 mark their places
+here.
 
 Shapes: B batch, H W input size, h w feature size. Images and modalities are in [0, 1].
 """
@@ -87,6 +55,7 @@ from common.backbones import PIXELS, Pyramid, backbone
 from common.bank import Bank, MapBank
 from common.crf import dense_crf, hard_unary, median_filter
 from common.datasets import load_mask, open_set
+from common.explain import one_photo, panels, stretched
 from common.flags import Schedule, Settings
 from common.published import unified_state
 from common.run import Run, claim
@@ -124,7 +93,8 @@ PAPER_SETS = {  # what Tables 1 to 5 evaluate, by training set
 }
 TARGETS = {  # what --transfer trains on
     "video": {"paper": "VSOD-TR", "released": "VSOD-TR", "shapes": "shapes-video"},
-    "rsi": {"paper": "ORSSD-TR+EORSSD-TR", "released": "RSSD-TR", "shapes": "shapes-top"},  # D14
+    # The released code takes a larger set, RSSD-TR, than the paper (D14).
+    "rsi": {"paper": "ORSSD-TR+EORSSD-TR", "released": "RSSD-TR", "shapes": "shapes-top"},
 }
 
 
@@ -137,19 +107,15 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python unified_usod.py --data photos/                  learn a folder of photos\n"
         "  python unified_usod.py --data photos/ --predict new/   map others with that detector\n"
-        "The docstring of this file explains the method and D1 to D14.",
+        "The docstring of this file explains the method, docs/unified_usod.md D1 to D14.",
     )
     flags.add_flags(parser, PAPER, SHAPES)
     parser.set_defaults(data="shapes+shapes-depth+shapes-thermal", pairs=True)
     method = parser.add_argument_group("method")
     add = method.add_argument
     add("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
-    add(
-        "--transfer",
-        metavar="TASK",
-        help="carry the networks of the run folder to video, rsi, or any set, and compare with "
-        "zero-shot",
-    )
+    text = "carry the run folder's networks to video, rsi, or any set; compare with zero-shot"
+    add("--transfer", metavar="TASK", help=text)
     add("--released", action="store_true", help="the authors' code (D1 to D7, D13, D14)")
     add("--bn", choices=("stored", "batch"), help="statistics of BatchNorm, see D7 [stored]")
     add("--sign", choices=("corners", "area"), default="corners", help="of theta [corners]")
@@ -164,24 +130,13 @@ def build_parser() -> argparse.ArgumentParser:
     losses = ("iou", "bce", "iou+bce")
     add("--loss", choices=losses, default="iou", help="of stage 2's labels, Table 8 [iou]")
     three = {"type": float, "nargs": 3, "metavar": "W"}
-    add(
-        "--aux",
-        **three,
-        default=[0.2, 0, 0],
-        help="loss weights of the heads of photo chain, modality chain, global map [0.2 0 0]",
-    )
-    add(
-        "--spr",
-        **three,
-        help="weights of prior, posterior, previous label, Table 7; 0 0 1 corrects nothing "
-        "[0.2 0.6 0.2; with --released: 0.1 0.7 0.2]",
-    )
-    add(
-        "--labels",
-        type=Path,
-        metavar="DIR",
-        help="for stage 2, the pseudo labels of another run [<out>/pseudo]",
-    )
+    text = "loss weights of the heads of photo chain, modality chain, global map [0.2 0 0]"
+    add("--aux", **three, default=[0.2, 0, 0], help=text)
+    text = "SPR's weights of prior, posterior, previous label, Table 7; 0 0 1 corrects nothing "
+    usual = "[0.2 0.6 0.2; with --released: 0.1 0.7 0.2]"
+    add("--spr", **three, help=text + usual)
+    text = "for stage 2, the pseudo labels of another run [<out>/pseudo]"
+    add("--labels", type=Path, metavar="DIR", help=text)
     return parser
 
 
@@ -190,7 +145,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     small = flags.is_shapes(args.data)
     args = flags.completed(args, SHAPES if small else PAPER)
     released = args.released
-    spr = args.spr or ([0.1, 0.7, 0.2] if released else [0.2, 0.6, 0.2])  # SPR's weights (D5)
+    spr = args.spr or ([0.1, 0.7, 0.2] if released else [0.2, 0.6, 0.2])  # code or paper (D5)
     if min(spr) < 0 or abs(sum(spr) - 1) > 1e-6:
         raise UserError(f"--spr {' '.join(map(str, spr))}: the three weights have to add up to 1")
     if args.size < 32:
@@ -205,14 +160,17 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     weights = args.backbone_weights
     if args.backbone == "resnet50" and weights is None:
         weights = "moco200"
+
+    # The released code takes BatchNorm's statistics from the batch (D7), has no curriculum in
+    # transfer (D3), and an exponent of L_pcl-sd that falls from 2 (D2).
     return flags.replaced(
         args,
         spr=spr,
         backbone_weights=weights,
         threshold=args.threshold or "otsu",
-        bn=args.bn or ("batch" if released else "stored"),  # of the encoders (D7)
-        pcl=args.pcl or ("off" if released and args.transfer else "on"),  # the curriculum (D3)
-        power=args.power or ("annealed" if released else "linear"),  # of L_pcl-sd (D2)
+        bn=args.bn or ("batch" if released else "stored"),
+        pcl=args.pcl or ("off" if released and args.transfer else "on"),
+        power=args.power or ("annealed" if released else "linear"),
         eval=flags.evaluation_sets(args, usual),
     )
 
@@ -228,19 +186,17 @@ def retargeted(args: argparse.Namespace) -> argparse.Namespace:
     Raises `UserError` if that run has not finished both stages.
     """
     base = flags.run_folder(args, METHOD)
-    saved = []
-    for stage in (1, 2):
+    parser = build_parser()
+    kept = {1: (FIXED, FREE), 2: (["width"], [])}  # stage 1 has no use for the detector's width
+    for stage, (fixed, free) in kept.items():
         path = base / f"stage{stage}" / "last.pt"
         if not path.exists():
             raise UserError(
                 f"{path} is missing, the network to transfer; train it: python unified_usod.py "
                 f"--data {args.data} --out {base}"
             )
-        saved.append(runtime.load_checkpoint(path, METHOD, stage))
-    parser = build_parser()
-    args = flags.saved_flags(parser, args, saved[0], base / "stage1/last.pt", FIXED, FREE)
-    # Stage 1 has no use for the width of the detector.
-    args = flags.saved_flags(parser, args, saved[1], path, ["width"], [])
+        saved = runtime.load_checkpoint(path, METHOD, stage)
+        args = flags.saved_flags(parser, args, saved, path, fixed, free)
 
     data = args.transfer
     if data in TARGETS:
@@ -312,7 +268,7 @@ class CueExtractor(nn.Module):
         self.se0 = SEBlock(3 * 64)
         self.adapter = SEBlock(c5) if adapter else None  # Ta
         if adapter and not released:
-            self.adapter.conv.padding_mode = "replicate"  # released: zeros (D12)
+            self.adapter.conv.padding_mode = "replicate"  # in the released code zeros (D12)
 
     def activation(self, image: Tensor) -> Tensor:
         """theta, A2S's decision value of every pixel: [B, 3, H, W] -> [B, 1, H/4, W/4]"""
@@ -336,7 +292,8 @@ class CueExtractor(nn.Module):
         """
         thetas = [self.activation(image[:, :3]) for image in images]
 
-        # The first size decides which side is the object; released: each size for itself (D6).
+        # The first size decides which side is the object. In the released code each size decides
+        # for itself, and the two can disagree (D6).
         sign = self.sign(thetas[0])
         signed = []
         for theta, image in zip(thetas, images):
@@ -503,11 +460,26 @@ class Detector(nn.Module):
 def distilling_loss(theta: Tensor, p: float = 0.0, k: float = 1.0) -> Tensor:
     """L_pcl-sd = mean(M (0.5^k - |S - 0.5|^k)), S = sigmoid(theta), M = 0 where |S - 0.5| < p.
 
-    theta [B, 1, H, W]. With k = 1 it is Eq. 4, 0.5 - mean|M S - 0.5|; see D2 for other k.
+    theta [B, 1, H, W]. With k = 1 it is Eq. 4, 0.5 - mean|M S - 0.5|; the released code's k falls
+    from 2 (D2).
     """
     d = (torch.sigmoid(theta.float()) - 0.5).abs()
     easy = d.detach() >= p  # M of Eq. 2
     return (easy * (0.5**k - d**k)).mean()
+
+
+def quarter(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C, H/4, W/4]"""
+    return F.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=True)
+
+
+def boundary(s: Tensor) -> Tensor:
+    """Where s > 0.5 begins and ends, the 5 x 5 dilation less the erosion: 0 and 1 [B, 1, h, w]."""
+    # A maximum over a window dilates, and the negative maximum of the negative map erodes.
+    salient = (s > 0.5).float()
+    dilated = F.max_pool2d(salient, 5, 1, 2)
+    eroded = -F.max_pool2d(-salient, 5, 1, 2)
+    return dilated - eroded
 
 
 def btm_loss(theta: Tensor, guide: Tensor) -> Tensor:
@@ -515,12 +487,10 @@ def btm_loss(theta: Tensor, guide: Tensor) -> Tensor:
     get similar saliency.
 
     theta [B, 1, H, W]; guide [B, C, H, W]: photo and modality, concatenated; a missing modality is
-    all zeros. At a quarter of the size, mean over the boundary (5 x 5 dilation less erosion) of
-    sum_j exp(-200 |g_i - g_j|^2) |S_i - S_j|, j in the 11 x 11 window; 0 without a boundary (D10).
+    all zeros. At a quarter of the size, mean over the `boundary` of
+    sum_j exp(-200 |g_i - g_j|^2) |S_i - S_j|, j in the 11 x 11 window; without a boundary it is 0,
+    in the released code not a number (D10). Each process takes the mean over its own (D11).
     """
-
-    def quarter(x: Tensor) -> Tensor:  # -> [B, C, h, w]
-        return F.interpolate(x, scale_factor=0.25, mode="bilinear", align_corners=True)
 
     def window(x: Tensor) -> Tensor:  # [B, 1, h, w] -> [B, 121, h w]
         return F.unfold(x, 11, padding=5)
@@ -528,12 +498,7 @@ def btm_loss(theta: Tensor, guide: Tensor) -> Tensor:
     s = quarter(torch.sigmoid(theta.float()))
     guide = quarter(guide.float())
     with torch.no_grad():
-        # A maximum over a window dilates, and the negative maximum of the negative map erodes.
-        salient = (s > 0.5).float()
-        dilated = F.max_pool2d(salient, 5, 1, 2)
-        eroded = -F.max_pool2d(-salient, 5, 1, 2)
-        edge = dilated - eroded  # [B, 1, h, w]
-
+        edge = boundary(s)  # [B, 1, h, w]
         distance = sum((window(g) - g.flatten(2)).square() for g in guide.split(1, 1))
         weight = torch.exp(-200 * distance) * edge.flatten(2)  # [B, 121, h w]
     difference = (window(s) - s.flatten(2)).abs()
@@ -546,7 +511,8 @@ def cue_loss(
     """Eq. 13: L_sce = L_pcl-sd + gamma L_btm, of every scale, + L_sc.
 
     L_sc (Eq. 12) is the mean square of the difference between a photo's map and that of the scaled
-    photo (D9). thetas, guides: of one or two scales, see `distilling_loss` and `btm_loss`.
+    photo, for which the paper writes a norm (D9). thetas, guides: of one or two scales, see
+    `distilling_loss` and `btm_loss`.
     """
     loss = 0
     for theta, guide in zip(thetas, guides):
@@ -567,15 +533,14 @@ def iou_loss(y: Tensor, g: Tensor) -> Tensor:
     return (1 - both / (either + 1e-7)).mean()
 
 
-bce_loss = F.binary_cross_entropy_with_logits
-
-
-def iou_bce_loss(y: Tensor, g: Tensor) -> Tensor:
-    """The sum of the IoU loss and the binary cross-entropy, a row of Table 8."""
-    return iou_loss(y, g) + bce_loss(y, g)
-
-
-LABEL_LOSSES = {"iou": iou_loss, "bce": bce_loss, "iou+bce": iou_bce_loss}
+def label_loss(y: Tensor, g: Tensor, kind: str) -> Tensor:
+    """The loss of a logit and a label, rows of Table 8: "iou", "bce", or "iou+bce", their sum."""
+    loss = 0
+    if "iou" in kind:
+        loss = loss + iou_loss(y, g)
+    if "bce" in kind:
+        loss = loss + F.binary_cross_entropy_with_logits(y, g)
+    return loss
 
 
 def detector_loss(
@@ -584,9 +549,9 @@ def detector_loss(
     """Eq. 15: the label loss of all four heads, that of the second scale by half, and L_ms.
 
     L_ms pulls the second scale's output towards the first's; no gradient flows into the first.
-    logits: of `Detector`, at one or two scales. g: [B, 1, H, W] of 0 and 1. kind: a key of
-    `LABEL_LOSSES`. aux: weights of the heads of photo chain, modality chain, global map.
-    released: D13.
+    logits: of `Detector`, at one or two scales. g: [B, 1, H, W] of 0 and 1. kind: see `label_loss`.
+    aux: weights of the heads of photo chain, modality chain, global map.
+    released: L_ms aligns the centres of the corner pixels, unlike all other resizing (D13).
     """
     # The label loss of every head, at the size of its scale.
     loss = 0
@@ -594,7 +559,7 @@ def detector_loss(
         target = F.interpolate(g, heads[0].shape[2:])  # nearest
         of_scale = 0
         for weight, y in zip((1, *aux), heads):
-            of_scale = of_scale + weight * LABEL_LOSSES[kind](y, target)
+            of_scale = of_scale + weight * label_loss(y, target, kind)
         loss = loss + share * of_scale
 
     # L_ms compares the outputs S of both scales, at the size of the second.
@@ -618,7 +583,8 @@ def make_net(
 
     if stage == 1:
         return CueExtractor(encoder(args.pixels), args.sign, adapter, args.released)
-    modality_pixels = "unit" if args.released else args.pixels  # D7
+    # Stored statistics of BatchNorm fit normalised pixels, of the modality, too (D7).
+    modality_pixels = "unit" if args.released else args.pixels
     return Detector(encoder(args.pixels), encoder(modality_pixels), args.width)
 
 
@@ -631,7 +597,7 @@ def adapt(net: CueExtractor, path: Path) -> None:
     net.requires_grad_(False)
     net.adapter.requires_grad_(True)
 
-    # The gate starts at sigmoid(-4) = 0.02, so that F^ starts as T(F) (D12).
+    # The gate starts at sigmoid(-4) = 0.02, so that F^ starts as T(F), not at random (D12).
     if not net.released:
         nn.init.constant_(net.adapter.gate.bias, -4)
 
@@ -674,11 +640,11 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
 def curriculum(
     time: float, epochs: int, pcl: bool, annealed: bool, released: bool
 ) -> tuple[float, float]:
-    """p, below which |S - 0.5| is undecided (Eq. 3), and the exponent k (D2), after `time` epochs.
+    """p, below which |S - 0.5| is undecided (Eq. 3), and the exponent k, after `time` epochs.
 
-    pcl: False leaves no pixel out. annealed: k falls from 2 to nearly 1, else it is 1.
+    pcl: False leaves no pixel out. annealed: k falls from 2 to nearly 1 (D2), else it is 1.
     """
-    # Released: both count whole epochs, Ec from 1 (D1) and k's from 0.
+    # Ec is a fraction. In the released code both count whole epochs, Ec from 1 (D1), k's from 0.
     ec = int(time) + 1 if released else time
     past = int(time) if released else time
 
@@ -698,26 +664,20 @@ def second_scale(pair: Tensor, random: torch.Generator) -> Tensor:
     return F.interpolate(pair, (side, side), mode="bilinear", align_corners=True)
 
 
-def train_cues(
-    net: CueExtractor,
-    settings: Settings,
-    schedule: Schedule,
-    pcl: bool,
-    annealed: bool,
-    gamma: float,
-    multi_scale: bool,
-) -> None:
+def train_cues(net: CueExtractor, settings: Settings, args: argparse.Namespace) -> None:
     """Stage 1: push every pixel of the map to 0 or 1, the clear ones first.
 
-    Trains what requires a gradient: all blocks, or in transfer the adapter alone. pcl, annealed:
-    see `curriculum`. gamma: weight of L_btm. multi_scale: a second scale, and L_sc.
+    Trains what requires a gradient: all blocks, or in transfer the adapter alone.
     """
+    schedule = args.stage1
+    pcl, annealed, two_scales = args.pcl == "on", args.power == "annealed", args.multi_scale == "on"
+
     # Photos and modalities, without masks; and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root, masks=False)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage1", parts=PARTS)
     optimiser = make_optimiser(net, decay=5e-4)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
-    logit = partial(cue_logit, net, amp=settings.amp)
+    logit = partial(saliency_logit, net, amp=settings.amp)
     watch = harness.Watch(settings, photos)
 
     for epoch in run.epochs():
@@ -729,13 +689,13 @@ def train_cues(
 
             # The photos at one or two sizes, and what L_btm compares.
             pair, has = read_pair(bank, index, flip)  # [B, 6, S, S], [B]
-            pairs = [pair, second_scale(pair, random)] if multi_scale else [pair]
+            pairs = [pair, second_scale(pair, random)] if two_scales else [pair]
             guides = [guide(scaled, has) for scaled in pairs]
 
             # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
                 thetas = run.net(*pairs)  # [B, 1, S, S] and [B, 1, s, s]
-            loss = cue_loss(thetas, guides, p, k, gamma)  # Eq. 13
+            loss = cue_loss(thetas, guides, p, k, args.gamma)  # Eq. 13
 
             # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
@@ -749,32 +709,24 @@ def train_cues(
         run.end_epoch(lr=lr, mirror=mirror, **watch(logit, run.picture))
 
 
-def train_detector(
-    net: Detector,
-    settings: Settings,
-    schedule: Schedule,
-    folder: Path,
-    kind: str,
-    aux: list[float],
-    multi_scale: bool,
-    spr: list[float],
-    released: bool,
-) -> None:
+def train_detector(net: Detector, settings: Settings, args: argparse.Namespace) -> None:
     """Stage 2: learn the pseudo labels, and correct them with the detector's own predictions.
 
-    folder: of the pseudo labels. kind, aux: see `detector_loss`. multi_scale: a second scale, and
-    L_ms. spr: weights of prior, posterior and previous label. The labels as they are in the end
-    are written to <out>/rectified: Tables 6 to 8 score them (python -m common.metrics).
+    The labels as they are in the end are written to <out>/rectified: Tables 6 to 8 score them
+    (python -m common.metrics).
     """
+    schedule = args.stage2
+    two_scales = args.multi_scale == "on"
+
     # The photos, their labels from stage 1, and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root, masks=False)
-    labels = read_labels(photos.names, folder, settings)
+    labels = read_labels(photos.names, label_folder(args, settings), settings)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage2", parts=PARTS)
     optimiser = make_optimiser(net, decay=0)
     encoders_learn = False
     net.encoders.requires_grad_(False)
     run = Run(settings, 2, bank, net, optimiser, schedule, labels, "stage2")
-    logit = partial(detector_logit, net, amp=settings.amp)
+    logit = partial(saliency_logit, net, amp=settings.amp)
     watch = harness.Watch(settings, photos)
 
     for epoch in run.epochs():
@@ -785,21 +737,23 @@ def train_detector(
             encoders_learn = True
             net.encoders.requires_grad_(True)
             run.net = settings.world.parallel(net)  # anew: it averages their gradients, too
-        rectifying = warmed_up and spr != [0, 0, 1]  # else the label stays the previous one
+        rectifying = warmed_up and args.spr != [0, 0, 1]  # else the label stays the previous one
         random = generator("cpu", settings.seed, "side", epoch)
         for index, flip in run.batches():
-            lr = falling_rate(run.time, schedule) if released else schedule.lr  # D4
+            # The paper's rate is constant; in the released code it falls, as in stage 1 (D4).
+            lr = falling_rate(run.time, schedule) if args.released else schedule.lr
             set_rate(optimiser, lr)
 
             # The photos at one or two sizes, and their labels as they have been corrected so far.
             pair, _ = read_pair(bank, index, flip)  # [B, 6, S, S]
-            pairs = [pair, second_scale(pair, random)] if multi_scale else [pair]
+            pairs = [pair, second_scale(pair, random)] if two_scales else [pair]
             g = labels.read(index, flip)  # [B, 1, S, S]
 
             # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
                 logits = run.net(*pairs)  # four heads of each size
-            loss = detector_loss(logits, (g > 0.5).float(), kind, aux, released)  # Eq. 15
+            target = (g > 0.5).float()
+            loss = detector_loss(logits, target, args.loss, args.aux, args.released)  # Eq. 15
 
             # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
@@ -811,7 +765,8 @@ def train_detector(
             # The prediction before this step, of head 0 at the first size, corrects the label.
             if rectifying:
                 s = torch.sigmoid(logits[0][0].detach().float())
-                labels.write(index, flip, rectify(pair[:, :3], s, g, spr, released))  # Eq. 8
+                g = rectify(pair[:, :3], s, g, args.spr, args.released)  # Eq. 8
+                labels.write(index, flip, g)
 
         # Every process has corrected its own share of the labels; now all of them get all.
         if rectifying:
@@ -852,7 +807,7 @@ def guide(pair: Tensor, has: Tensor) -> Tensor:
 
 
 # ---- Pseudo labels -------------------------------------------------------------------------------
-ToLabel = Callable[[Tensor, Tensor], Tensor]  # `refine` with its options filled in
+ToLabel = Callable[[Tensor, Tensor], tuple]  # `refine` with its options filled in
 
 
 def otsu(prob: Tensor) -> Tensor:
@@ -874,17 +829,20 @@ def otsu(prob: Tensor) -> Tensor:
     return grey > between.argmax(1).view(-1, 1, 1, 1)
 
 
-def refine(image: Tensor, theta: Tensor, sxy: float, srgb: float, threshold: str) -> Tensor:
-    """Pseudo labels of maps: threshold, CRF, median filter.
+def refine(
+    image: Tensor, theta: Tensor, sxy: float, srgb: float, threshold: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From maps to pseudo labels: what the threshold, the CRF and the median filter give.
 
-    image [B, 3, H, W] in [0, 1], theta [B, 1, H, W] -> [B, 1, H, W] of 0 and 1. sxy: the CRF's
-    reach in a photo of 320 pixels; srgb: its tolerance in grey levels. threshold: otsu, or fixed.
+    image [B, 3, H, W] in [0, 1], theta [B, 1, H, W] -> three times [B, 1, H, W], the last of 0 and
+    1. sxy: the CRF's reach in a photo of 320 pixels; srgb: its tolerance in grey levels.
+    threshold: otsu, or fixed.
     """
     prob = torch.sigmoid(theta.float())
     salient = otsu(prob) if threshold == "otsu" else prob > 0.5
     side = image.shape[-1] / 320
     prob = dense_crf(image * 255, hard_unary(salient), sxy * side, srgb)
-    return median_filter((prob > 0.5).float(), 7)
+    return salient, prob, median_filter((prob > 0.5).float(), 7)
 
 
 @torch.no_grad()
@@ -897,6 +855,11 @@ def make_labels(net: CueExtractor, settings: Settings, to_label: ToLabel) -> Non
             pixels = (label > 0.5).byte().cpu() * 255
             save_png(settings.out / "pseudo" / f"{sample['name']}.png", pixels)
     settings.world.barrier()
+
+
+def label_folder(args: argparse.Namespace, settings: Settings) -> Path:
+    """Where stage 2 finds its pseudo labels: --labels, or those of this run's stage 1."""
+    return args.labels or settings.out / "pseudo"
 
 
 def label_files(names: list[str], folder: Path, dry_run: bool) -> list[Path]:
@@ -917,7 +880,7 @@ def label_files(names: list[str], folder: Path, dry_run: bool) -> list[Path]:
 
 
 def read_labels(names: list[str], folder: Path, settings: Settings) -> MapBank:
-    """The label bank of stage 2, from the files of stage 1."""
+    """The label bank of stage 2, with 8 bits per pixel (D10), from the files of stage 1."""
     files = label_files(names, folder, settings.dry_run)
     size, device, out = settings.size, settings.device, settings.out / "stage2"
     return MapBank(lambda i: load_mask(files[i]), len(files), size, device, out)
@@ -940,7 +903,8 @@ PAR_SUM = 1.01  # of PAR's weights
 
 
 def pixel_refiner(image: Tensor, s: Tensor, iterations: int = PAR_ITERATIONS) -> Tensor:
-    """R_pri (Eqs. 5 to 7, D8): PAR, the real-time pixel refiner of AFA (Ru et al., CVPR 2022).
+    """R_pri, Eqs. 5 to 7: PAR, the real-time pixel refiner of AFA (Ru et al., CVPR 2022), with the
+    square, the dilations and the iterations that these equations leave out (D8).
 
     image [B, 3, H, W], s [B, 1, H, W] in [0, 1] -> [B, 1, H, W]. Each iteration replaces a pixel by
     the weighted sum of its 32 neighbours. The weights add up to `PAR_SUM`, so that maps grow.
@@ -984,28 +948,71 @@ def rectify(
 
 # ---- Evaluation and prediction -------------------------------------------------------------------
 @torch.no_grad()
-def cue_logit(net: CueExtractor, image: Tensor, amp: str) -> Tensor:
-    """Saliency logit of stage 1, theta with its sign, in eval mode. -> [B, 1, H, W]"""
+def saliency_logit(net: nn.Module, image: Tensor, amp: str) -> Tensor:
+    """Saliency logit in eval mode: theta with its sign, or the detector's output. -> [B, 1, H, W]
+
+    image: [B, 3, H, W], or with its modality, which the detector needs, [B, 6, H, W].
+    """
     net.eval()
     with autocast(image.device, amp):
-        theta = net(image)[0]
-    return theta.float()
+        y = net(image)[0]
+    if isinstance(y, list):  # the detector's four heads, of which the first is the output
+        y = y[0]
+    return y.float()
 
 
 @torch.no_grad()
 def label_logit(net: CueExtractor, pair: Tensor, amp: str, to_label: ToLabel) -> Tensor:
     """Pseudo labels as logits, so that they are resized and scored like any prediction."""
-    label = to_label(pair[:, :3], cue_logit(net, pair, amp))
+    *_, label = to_label(pair[:, :3], saliency_logit(net, pair, amp))
     return torch.logit(label, 1e-6)
 
 
 @torch.no_grad()
-def detector_logit(net: Detector, pair: Tensor, amp: str) -> Tensor:
-    """Stage 2's saliency logit, in eval mode. [B, 6, H, W] -> [B, 1, H, W]"""
+def explain_cue(net: CueExtractor, photo: Tensor, pair: Tensor, to_label: ToLabel):
+    """Stage 1 at work on one photo, as titled pictures: what its losses see, and its label."""
+    # The map at two scales, the second one drawn as in training.
     net.eval()
-    with autocast(pair.device, amp):
-        y = net(pair)[0][0]
-    return y.float()
+    other = second_scale(pair, generator("cpu", 0, "side"))
+    theta, scaled = [theta.float() for theta in net(pair, other)]
+    s = torch.sigmoid(theta)  # [1, 1, S, S]
+    pictures = [("photo", photo), ("theta, its sign decided", stretched(theta))]
+    pictures.append(("S = sigmoid(theta)", s[0]))
+
+    # What the curriculum leaves out at its start, and half way, after a sixth of the epochs.
+    for time in (0, 1 / 6):
+        p, _ = curriculum(time, 1, pcl=True, annealed=False, released=False)
+        pictures.append((f"left out: |S - 0.5| < {p:.1f}, Eqs. 2, 3", ((s - 0.5).abs() < p)[0]))
+    title = f"S of {other.shape[2]} x {other.shape[3]} pixels, Eq. 12"
+    pictures.append((title, torch.sigmoid(scaled)[0]))
+    pictures.append(("boundary of S, Eq. 11", boundary(quarter(s))[0]))
+
+    salient, prob, label = to_label(pair[:, :3], theta)
+    pictures += [("threshold", salient[0]), ("CRF", prob[0]), ("median filter: label G", label[0])]
+    return pictures
+
+
+@torch.no_grad()
+def explain_detector(
+    net: Detector, photo: Tensor, pair: Tensor, file: Path, spr: list[float], released: bool
+):
+    """Stage 2 at work on one photo, as titled pictures: Fig. 4 and Eq. 8.
+
+    file: the label of stage 1; if it is not there, the prediction, cut at 0.5, takes its place.
+    """
+    s = saliency_logit(net, pair, "off").sigmoid()  # [1, 1, S, S]
+    g = (s > 0.5).float()
+    before = "no label of stage 1: S > 0.5"
+    if file.exists():
+        labels = MapBank(lambda _: load_mask(file), 1, pair.shape[3], pair.device)
+        g = labels.read(torch.tensor([0]), torch.tensor([False]))  # [1, 1, S, S]
+        before = "label of stage 1, G_pre"
+    prior = rectify(pair[:, :3], s, g, [1, 0, 0], released)
+    after = rectify(pair[:, :3], s, g, spr, released)
+    pictures = [("photo", photo), (before, g[0]), ("posterior R_post = S", s[0])]
+    pictures.append(("prior R_pri = PAR(photo, S), Eqs. 5-7", prior[0]))
+    pictures.append(("G = {:g} R_pri + {:g} R_post + {:g} G_pre".format(*spr), after[0]))
+    return pictures
 
 
 def evaluate(
@@ -1016,12 +1023,11 @@ def evaluate(
     row: is added to the titles of the rows.
     """
     folder = settings.out / f"stage{stage}"
+    saliency = partial(saliency_logit, net, amp=settings.amp)
     if stage == 2:
-        detector = partial(detector_logit, net, amp=settings.amp)
-        return harness.evaluate(detector, settings, folder, row)
-    cue = partial(cue_logit, net, amp=settings.amp)
+        return harness.evaluate(saliency, settings, folder, row)
     label = partial(label_logit, net, amp=settings.amp, to_label=to_label)
-    results = harness.evaluate(cue, settings, folder, f"-cue{row}")
+    results = harness.evaluate(saliency, settings, folder, f"-cue{row}")
     # A label has been through the CRF already.
     return results | harness.evaluate(label, settings, folder, f"-label{row}", crf=False)
 
@@ -1062,15 +1068,15 @@ def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predic
     """
     args = build_parser().parse_args(["--weights", str(weights), "--device", device])
     path = flags.checkpoint_of(args, METHOD, "stage2/last.pt")
-    args, stage, net = open_checkpoint(path, flags.replaced(args, eval=[]))
+    args, _, net = open_checkpoint(path, flags.replaced(args, eval=[]))
     settings = flags.settle(args, METHOD, quiet=True)
-    logit = cue_logit if stage == 1 else detector_logit
-    return harness.Predictor(partial(logit, settings.place(net), amp=settings.amp), settings)
+    forward = partial(saliency_logit, settings.place(net), amp=settings.amp)
+    return harness.Predictor(forward, settings)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
 def use(args: argparse.Namespace) -> None:
-    """Evaluate or predict with a checkpoint: that of --weights, or of the run folder."""
+    """Evaluate, predict or explain with a checkpoint: of --weights, or of the run folder."""
     if args.transfer:
         folder = target_folder(flags.run_folder(args, METHOD), args.transfer)
         args = flags.replaced(args, out=folder)
@@ -1081,9 +1087,16 @@ def use(args: argparse.Namespace) -> None:
     results = evaluate(stage, net, settings, label_maker(args))
     harness.save_results(results, settings, settings.out / f"stage{stage}")
     if args.predict:
-        logit = cue_logit if stage == 1 else detector_logit
-        forward = partial(logit, net, amp=settings.amp)
+        forward = partial(saliency_logit, net, amp=settings.amp)
         harness.predict(forward, settings, args.overlay, args.skip_existing)
+    if args.explain:
+        photo, pair, path = one_photo(args.explain, settings)
+        if stage == 1:
+            pictures = explain_cue(net, photo, pair, label_maker(args))
+        else:
+            file = label_folder(args, settings) / path.name
+            pictures = explain_detector(net, photo, pair, file, args.spr, args.released)
+        panels(path, pictures)
 
 
 def label_maker(args: argparse.Namespace) -> ToLabel:
@@ -1092,11 +1105,11 @@ def label_maker(args: argparse.Namespace) -> ToLabel:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
+    """Train the stages asked for, in order; or use a checkpoint."""
     args = build_parser().parse_args(argv)
     if args.weights and args.transfer:
         raise UserError("--transfer starts from a run: give its folder, --out, and no --weights")
-    if args.weights or args.predict:
+    if args.weights or args.predict or args.explain:
         use(args)
         return
 
@@ -1107,20 +1120,17 @@ def main(argv: list[str] | None = None) -> None:
     settings = flags.settle(args, METHOD)
     stages = [int(args.stage)] if args.stage else [1, 2]
     schedules = {1: args.stage1, 2: args.stage2}
-    labels = args.labels or settings.out / "pseudo"
 
     # What would otherwise be refused only after hours.
     photos = open_set(settings.data, settings.data_root, masks=False)
     check_sizes(len(photos), stages, args.bn, settings)
     if args.labels or 1 not in stages:
-        label_files(photos.names, labels, settings.dry_run)
+        label_files(photos.names, label_folder(args, settings), settings.dry_run)
     claim(settings, {f"stage{stage}": schedules[stage] for stage in stages})
 
     # A transfer is compared with the networks that it starts from.
     results = {}
     to_label = label_maker(args)
-    released = args.released
-    scales = args.multi_scale == "on"
     if args.transfer:
         for stage in (1, 2):
             _, _, net = open_checkpoint(args.base / f"stage{stage}" / "last.pt", args)
@@ -1130,21 +1140,16 @@ def main(argv: list[str] | None = None) -> None:
 
     for stage in stages:
         torch.manual_seed(args.seed)
-        if stage == 1 and args.transfer:
-            net = make_net(1, args, "none", adapter=True)
+        adapter = stage == 1 and args.transfer is not None
+        net = make_net(stage, args, "none" if adapter else args.backbone_weights, adapter)
+        if adapter:
             adapt(net, args.base / "stage1" / "last.pt")
-        else:
-            net = make_net(stage, args, args.backbone_weights)
         net = settings.place(net)
-
         if stage == 1:
-            pcl, annealed = args.pcl == "on", args.power == "annealed"
-            train_cues(net, settings, args.stage1, pcl, annealed, args.gamma, scales)
+            train_cues(net, settings, args)
             make_labels(net, settings, to_label)
         else:
-            train_detector(
-                net, settings, args.stage2, labels, args.loss, args.aux, scales, args.spr, released
-            )
+            train_detector(net, settings, args)
         results |= evaluate(stage, net, settings, to_label)
         harness.save_results(results, settings, settings.out / f"stage{stage}")
     harness.gallery(["stage1/pred/{}-cue", "stage1/pred/{}-label", "stage2/pred/{}"], settings)

@@ -201,7 +201,13 @@ def test_detector_loss_weighs_heads_and_scales():
     first = [torch.randn(1, 1, 4, 4, generator=seeded) for _ in range(4)]
     second = [torch.randn(1, 1, 8, 8, generator=seeded) for _ in range(4)]
     big = g.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    for kind, loss in usod.LABEL_LOSSES.items():
+    bce = F.binary_cross_entropy_with_logits
+    losses = {
+        "iou": usod.iou_loss,
+        "bce": bce,
+        "iou+bce": lambda y, g: usod.iou_loss(y, g) + bce(y, g),
+    }
+    for kind, loss in losses.items():
         one = [loss(y, g).item() for y in first]
         two = [loss(y, big).item() for y in second]
         want = one[0] + 0.2 * one[1] + 0.1 * one[3] + 0.5 * (two[0] + 0.2 * two[1] + 0.1 * two[3])
@@ -377,14 +383,14 @@ def corrected(joint, tmp_path):
         save_png(tmp_path / "pseudo" / f"{name}.png", label)
 
     def train(epochs, released=False):
-        settings = settings_of(joint, tmp_path / f"{epochs}{released}")
-        labels = tmp_path / "pseudo"
+        out = tmp_path / f"{epochs}{released}"
+        settings = settings_of(joint, out)
+        args = complete("--aux 0 0 0 --multi-scale off --spr 0.2 0.6 0.2")
         schedule = Schedule(epochs, 0.5)
-        weights = [0.2, 0.6, 0.2]
-        usod.train_detector(
-            RedChannel(), settings, schedule, labels, "iou", [0, 0, 0], False, weights, released
-        )
-        return settings.out
+        labels = tmp_path / "pseudo"
+        args = flags.replaced(args, stage2=schedule, labels=labels, released=released)
+        usod.train_detector(RedChannel(), settings, args)
+        return out
 
     return start, train
 

@@ -201,6 +201,51 @@ def test_the_modality_reaches_the_detector_in_evaluation(base, tmp_path):
     assert maps[0].shape == maps[1].shape and np.abs(maps[0] - maps[1]).max() > 0
 
 
+def test_stage_1_is_explained_with_the_last_label_that_of_training(base, tmp_path):
+    photo = write_photo(tmp_path / "photo.png", 64, 64)
+    weights = ("--weights", base / "stage1" / "last.pt")
+    main(*weights, "--explain", photo, "--out", tmp_path)
+    picture = Image.open(tmp_path / "explain" / "photo.png")
+    assert picture.size == (5 * 260, 2 * 280)  # 10 panels of 256 x 256
+
+    args, _, net = usod.open_checkpoint(weights[1], parse(f"--explain {photo}"))
+    pair = torch.rand(1, 6, 64, 64)
+    to_label = usod.label_maker(args)
+    pictures = usod.explain_cue(net, pair[0, :3], pair, to_label)
+    label = usod.label_logit(net, pair, "off", to_label).sigmoid().round()
+    assert torch.equal(pictures[-1][1], label[0])
+    left_out = (net(pair)[0].sigmoid() - 0.5).abs() < 0.2
+    assert torch.equal(pictures[3][1], left_out[0])
+
+
+def test_stage_2_is_explained_with_the_label_of_stage_1_if_there_is_one(base, tmp_path):
+    photo = write_photo(tmp_path / f"{Shapes('train').names[0]}.png", 64, 64)
+    weights = ("--weights", base / "stage2" / "last.pt")
+    explain = [*weights, "--explain", photo, "--out", tmp_path]
+    main(*explain)
+    assert Image.open(tmp_path / "explain" / photo.name).size == (5 * 260, 280)
+    folder = base / "pseudo" / "shapes-train@train"
+    main(*explain, "--labels", folder)
+
+    args, _, net = usod.open_checkpoint(weights[1], parse(f"--explain {photo}"))
+    pair = torch.rand(1, 6, 160, 160)
+    for file in (tmp_path / "no.png", folder / photo.name):
+        pictures = usod.explain_detector(net, pair[0, :3], pair, file, args.spr, args.released)
+        _, g, s, prior, corrected = [picture for _, picture in pictures]
+        assert torch.allclose(corrected, 0.2 * prior + 0.6 * s + 0.2 * g)
+        label = np.asarray(Image.open(file)) / 255 if file.exists() else s[0].numpy() > 0.5
+        assert np.array_equal(g.squeeze(), label)
+        assert ("no label" in pictures[1][0]) != file.exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_cannot_be_explained_is_named(base, tmp_path, stage):
+    weights = ["--weights", base / f"stage{stage}" / "last.pt", "--out", tmp_path]
+    assert "no.jpg" in sentence(*weights, "--explain", tmp_path / "no.jpg")
+    (tmp_path / "x.jpg").write_bytes(b"no picture")
+    assert "x.jpg" in sentence(*weights, "--explain", tmp_path / "x.jpg")
+
+
 def test_dry_run_does_two_steps_of_everything(small, tmp_path):
     main(*small, "--dry-run", "--batch-size", 2, "--out", tmp_path / "run")
     assert len(list((tmp_path / "run" / "pseudo").glob("*/*.png"))) == 4
@@ -253,7 +298,7 @@ def test_flags_of_the_pseudo_labels_change_them(extra):
     labels = []
     for given in ("", extra):
         to_label = usod.label_maker(usod.complete(parse(given)))
-        labels.append(to_label(image, theta))
+        labels.append(to_label(image, theta)[-1])
     assert not torch.equal(*labels)
 
 
