@@ -42,9 +42,9 @@ from common.runtime import UserError, cli, parallel_map, progress, say
 from data.captions import read_captions
 from data.registry import REGISTRY, SHAPES, SOURCES, TERMS, read_split, wrong_count
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-UNREAD = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".psd", ".svg", ".exr")
-UNREAD += (".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw")  # of cameras
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+UNREAD = ".heic .heif .hif .avif .jp2 .j2k .jxl .ppm .pgm .pbm .pnm .tga .psd .svg .exr".split()
+UNREAD += ".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw".split()  # of cameras
 
 MODALITIES = ("depth", "thermal", "flow")
 WORDS = {  # names of folders by role, spelt as `plain` spells
@@ -444,7 +444,10 @@ def open_photos(
     photos = {}
     for name, file in zip(names, files.values()):
         stem = os.path.splitext(name)[0]
-        photos[stem if times[stem.lower()] == 1 else name] = file
+        name = stem if times[stem.lower()] == 1 else name
+        if name in photos:  # two Unicode forms of a name, or a.jpg.png beside a.jpg and a.png
+            raise UserError(f"{photos[name]} and {file} would both be called {name}; rename one")
+        photos[name] = file
     title = paths[0].resolve().name if len(paths) == 1 else "photos"
     return FileSet({"image": photos}, title, left_out)
 
@@ -500,7 +503,7 @@ def open_set(spec: str | Path, root: str | Path = "data", masks: bool = True) ->
 def read_list(path: str | Path) -> list[str]:
     """The lines of a text file; '#' starts a comment line, picture suffixes are dropped."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"cannot read the list of stems {path} ({error.strerror})") from None
     stems = []

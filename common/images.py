@@ -31,7 +31,7 @@ TURNS = {
 }
 
 HALF = 128  # grey above it is foreground, as in PySODMetrics
-COLOURED = 32  # channels that differ by more are a colour; JPEG's noise on grey stays far below
+COLOURED = 31  # channels that differ by more are a colour, as VOC's darkest; JPEG's noise is less
 WHITE = 240  # from here on a level is white with noise
 FEW = 16  # up to so many levels may be numbers of labels; shades of grey are more
 PAINTS = 64  # up to so many colours are paint; a photo or shaded paint has more
@@ -110,11 +110,6 @@ def eight_bits(image: Image.Image, stretch_below: float = 0) -> Image.Image:
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
-def load_grey(path: str | Path) -> Image.Image:
-    """A picture of any mode as 8-bit grey, mode "L"; raises `UserError`."""
-    return eight_bits(read(path)).convert("L")
-
-
 def load_image(
     path: str | Path, stretch_below: float = 64, at_least: int | None = None
 ) -> torch.Tensor:
@@ -138,10 +133,21 @@ def load_modality(path: str | Path) -> torch.Tensor:
 
 
 def load_map(path: str | Path) -> Image.Image:
-    """A saliency map -> 8-bit grey, mode "L"; a cut-out by its alpha; raises `UserError`."""
+    """A saliency map -> 8-bit grey, mode "L"; a cut-out by its alpha.
+
+    Raises `UserError`, also for a picture in colours.
+    """
     image = read(path)
     alpha = alpha_of(image)
-    return eight_bits(image).convert("L") if alpha is None else alpha
+    if alpha is not None:
+        return alpha
+    image = eight_bits(image)
+    if image.mode != "L" and is_coloured(image):
+        raise UserError(
+            f"{path} is a picture in colours, whose brightness is no saliency; save the map in "
+            "grey, or a cut-out with the map in its alpha channel"
+        )
+    return image.convert("L")
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -213,11 +219,13 @@ def alpha_of(image: Image.Image) -> Image.Image | None:
 
 
 def shows_indices(image: Image.Image) -> bool:
-    """Whether a palette has a colour for every index that is used, and not the same for all."""
+    """Whether a palette has a colour for every index that is used, and its darkest only once."""
     used = np.unique(image)
-    if used[-1] >= len(image.getpalette() or []) // 3:
+    colours = np.reshape(image.getpalette() or [], (-1, 3)).tolist()
+    if used[-1] >= len(colours):
         return False
-    return len(used) == 1 or image.convert("RGB").getcolors(1) is None
+    colours = [colours[index] for index in used]
+    return colours.count(min(colours, key=max)) == 1
 
 
 def paint_mask(image: Image.Image, path: str | Path) -> np.ndarray:
@@ -237,9 +245,9 @@ def paint_mask(image: Image.Image, path: str | Path) -> np.ndarray:
         background = first
 
     # A void label is neither foreground nor background.
-    void = VOID in colours or image.mode == "P" and np.max(image) == 255
-    if void and len(colours) > 2:
-        raise unclear(path, "a void label (index 255) beside others", colours)
+    last = image.mode == "P" and np.max(image) == 255
+    if VOID in colours or last and len(colours) > 2:
+        raise unclear(path, "a void label", colours)
     away = np.abs(np.asarray(rgb).astype(int) - background).max(2)
     return away > (COLOURED if max(background) <= COLOURED else 0)
 
@@ -265,19 +273,23 @@ def grey_mask(values: np.ndarray, path: str | Path) -> np.ndarray:
 def may_be_labels(values: np.ndarray, levels: np.ndarray, grey: np.ndarray) -> bool:
     """Whether three or more levels, which are `grey` of 255, may be numbers rather than shades.
 
-    They may if none is above half; if they are few and none is white; or if below a single white
-    there are only dark ones that cover much: 0, 1, 255 are labels with a void border. Twelfths of
-    255 are shades: PASCAL-S stores how many of twelve viewers chose an object.
+    They may if none is above half; if none is white and they are few, or half cuts off most of the
+    object, of which only JPEG's noise is brighter; or if below a single white there are only dark
+    ones that cover much: 0, 1, 255 are labels with a void border. Twelfths of 255 are shades:
+    PASCAL-S stores how many of twelve viewers chose an object.
     """
     twelfths = grey / (255 / 12)
-    if (np.abs(twelfths - np.rint(twelfths)) < 12 / 255).all():  # rounded up or down
+    rounded = (np.abs(twelfths - np.rint(twelfths)) < 12 / 255).all()  # up or down
+    if rounded and len(np.unique(grey)) == len(grey):
         return False
     if grey[-1] <= HALF:
         return True
+    if grey[-1] < WHITE:
+        bright = np.isin(values, levels[grey > HALF])
+        noise = (values > levels[-1] / 2).sum() > 2 * bright.sum()
+        return noise or len(levels) <= FEW
     if len(levels) > FEW:
         return False
-    if grey[-1] < WHITE:
-        return True
     between = (values > levels[0]) & (values < levels[-1])
     return grey[-2] < HALF / 2 and between.sum() > (values == levels[-1]).sum() / 10
 

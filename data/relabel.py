@@ -54,7 +54,7 @@ import numpy as np
 import torch
 
 from common.datasets import read_captions, read_list
-from common.images import load_grey, load_image
+from common.images import load_image, load_map
 from common.runtime import (
     UserError,
     cli,
@@ -347,7 +347,7 @@ def verdict_on_image(chosen: list[Segment], size: tuple[int, int]) -> str:
 def mean_saliency(scenes: Panoptic, i: int, maps: Path) -> list[float]:
     """Rule 4: the mean in [0, 1] of <maps>/<stem>.png over every segment of image `i`."""
     path = maps / f"{scenes.names[i]}.png"
-    saliency = np.asarray(load_grey(path), np.float64)
+    saliency = np.asarray(load_map(path), np.float64)
     if saliency.shape != scenes.size(i):
         raise UserError(
             f"{path} is {saliency.shape[1]} x {saliency.shape[0]} pixels, but its "

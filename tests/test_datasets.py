@@ -245,11 +245,11 @@ def test_pictures_of_every_kind_are_read_and_others_counted(tmp_path, capsys):
     for name in ("x.heic", "y.DNG", ".hidden.heic", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     dataset = open_set(tmp_path, masks=False)
-    assert len(dataset) == len(stems) == 9
+    assert len(dataset) == len(stems) == 10
     assert left_out(dataset) == {"x.heic": "not read (.heic)", "y.DNG": "not read (.dng)"}
     report_left_out(dataset)
     text = capsys.readouterr().err
-    assert "9 pictures; 2 left out: 1 not read (.heic), 1 not read (.dng)" in text
+    assert "10 pictures; 2 left out: 1 not read (.heic), 1 not read (.dng)" in text
     assert text.count("\n") == 1
     report_left_out(open_set(pairs(tmp_path / "whole", "ab")))
     assert capsys.readouterr() == ("", "")
@@ -397,6 +397,16 @@ def test_photos_of_several_paths_have_names_of_their_own(tmp_path, monkeypatch):
     assert names("../a.jpg", "a.jpg") == ["a", "x/a"]
 
 
+def test_photos_that_would_be_called_the_same_are_refused(tmp_path):
+    """Names in two Unicode forms, and a map of an earlier prediction beside the two photos."""
+    for names in (["e\u0301.jpg", "\u00e9.jpg"], ["a.jpg", "a.png", "a.jpg.png"]):
+        folder = tmp_path / str(len(names))
+        for name in names:
+            draw(folder / name)
+        with pytest.raises(UserError, match="would both be called"):
+            open_photos(folder, "data")
+
+
 def test_maps_are_not_predicted_again(tmp_path):
     draw(tmp_path / "a.jpg")
     draw(tmp_path / "predict/a.png")
@@ -442,6 +452,13 @@ def test_lists_are_cut_at_line_feeds_alone(tmp_path):
     odd = ["a\x85b", "c\u2028d", "e\x0cf", "g\x1ch"]
     (tmp_path / "list.txt").write_bytes("\r\n".join(["# odd", *odd, " i.webp "]).encode())
     assert read_list(tmp_path / "list.txt") == [*odd, "i"]
+
+
+def test_lists_name_files_of_any_bytes(tmp_path):
+    draw(tmp_path / os.fsdecode(b"caf\xe9.png"))  # Latin-1, which is no UTF-8
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9\n")
+    names = open_set(f"{tmp_path}@{tmp_path}/list.txt", masks=False).names
+    assert names == [os.fsdecode(b"caf\xe9")]
 
 
 def test_joint_sets_prefix_names(tmp_path):

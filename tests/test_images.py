@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.images import load_grey, load_image, load_map, load_mask, load_modality, read
+from common.images import load_image, load_map, load_mask, load_modality, read
 from common.runtime import UserError
 
 ROW = np.array([[0, 100, 200, 255]], np.uint8)  # [1, 4]
@@ -118,7 +118,7 @@ def test_the_first_frame_or_page_is_read(tmp_path):
 def test_lab_pictures_are_read(tmp_path):
     Image.new("LAB", (3, 2), (255, 128, 128)).save(tmp_path / "lab.tif")
     assert load_image(tmp_path / "lab.tif").min() > 240
-    assert load_grey(tmp_path / "lab.tif").getextrema()[0] > 240
+    assert load_map(tmp_path / "lab.tif").getextrema()[0] > 240
 
 
 def test_sixteen_bits_of_a_photo_are_scaled_not_clipped(tmp_path):
@@ -260,7 +260,7 @@ def test_masks_of_every_kind_are_binary(tmp_path):
         assert got.dtype == torch.uint8 and got.shape == (1, 1, 4)
         assert got.flatten().tolist() == [255 * f for f in foreground], name
         if name in ("grey.png", "rgb.png", "bit.png", "ramp.png", "deep.png"):
-            grey = np.array(load_grey(tmp_path / name))
+            grey = np.array(load_map(tmp_path / name))
             assert np.array_equal(got[0].numpy() > 0, grey > 128), name
 
 
@@ -326,6 +326,13 @@ def test_a_palette_is_read_by_its_colours_in_any_order(tmp_path):
     assert np.array_equal(foreground(tmp_path, palette(DISK, black, black)), DISK)  # no colours
     assert np.array_equal(foreground(tmp_path, palette(DISK, black, maroon), "m.gif"), DISK)
 
+    # The darkest of PASCAL VOC's colours are those of the labels 64, 128 and 256.
+    labels = np.where(DISK, 1, np.where(RING, 2, 0))
+    for last in ((32, 0, 0), (0, 32, 0), (0, 0, 32)):
+        assert np.array_equal(
+            foreground(tmp_path, palette(labels, black, maroon, last)), DISK | RING
+        )
+
 
 def test_an_index_beyond_the_palette_is_a_level(tmp_path):
     rows = b"".join(b"\0" + bytes(255 * pixel for pixel in row) for row in DISK.tolist())
@@ -367,6 +374,7 @@ def test_alpha_that_is_the_same_everywhere_is_not_the_mask(tmp_path):
         ([0, 1, 2], "(0, 1, 2)"),  # numbers of labels
         ([0, 38, 75], "(0, 38, 75)"),  # the same, painted and made grey
         ([0, 100, 200], "(0, 100, 200)"),
+        ([0, 2, 254], "(0, 2, 254)"),
     ],
 )
 def test_labels_are_refused(tmp_path, levels, shown):
@@ -381,7 +389,12 @@ def test_other_masks_that_are_refused(tmp_path):
     assert "38" in refusal(tmp_path, np.full((4, 5), 38, np.uint8))
     deep = np.choose(labels, [0, 1000, 2000]).astype(np.uint16)
     assert "(0, 1000, 2000)" in refusal(tmp_path, deep)
-    dim = Image.fromarray(DISK.astype(np.uint8) * 100).resize((90, 60), Image.BICUBIC)
+    deep = np.choose(labels, [0, 1, 65535]).astype(np.uint16)  # 0 and 1 are the same in 8 bits
+    assert "(0, 1, 65535)" in refusal(tmp_path, deep)
+    dim = Image.fromarray(DISK.astype(np.uint8) * 100)
+    dim.save(tmp_path / "m.jpg", quality=75)  # whose noise reaches 131
+    assert "levels that may be numbers of labels (0, 1, " in error(load_mask, tmp_path / "m.jpg")
+    dim = dim.resize((90, 60), Image.BICUBIC)
     assert "levels that may be numbers of labels (0, " in refusal(tmp_path, dim)
     assert "nan" in refusal(tmp_path, np.where(DISK, np.nan, 0).astype(np.float32), "m.tif")
 
@@ -389,6 +402,12 @@ def test_other_masks_that_are_refused(tmp_path):
     voc.putpalette(voc.getpalette()[:12] + [0] * 753 + [224, 224, 192])
     assert "void" in refusal(tmp_path, voc)
     assert "void" in refusal(tmp_path, voc.convert("RGB"))
+    alone = np.where(DISK[..., None], np.array([224, 224, 192], np.uint8), np.uint8(0))
+    assert "void" in refusal(tmp_path, alone)
+
+    # Two labels of a palette that has no colour for the second: neither is dropped.
+    padded = palette(labels, (0, 0, 0), (128, 0, 0), (0, 0, 0))
+    assert "(0, 1, 2)" in refusal(tmp_path, padded)
 
     white = palette(DISK, (255, 255, 255), (128, 0, 0))  # paint on white
     assert "without a black background" in refusal(tmp_path, white)
@@ -415,6 +434,23 @@ def test_a_map_is_grey_and_a_cutout_is_read_by_its_alpha(tmp_path):
         Image.fromarray(picture).save(tmp_path / "m.png")
         got = load_map(tmp_path / "m.png")
         assert got.mode == "L" and np.array_equal(np.asarray(got), ramp), name
+
+
+def test_a_picture_in_colours_is_no_map(tmp_path):
+    """Neither its brightness nor that of colours which stand for numbers is the saliency."""
+    on_black = np.where(DISK[..., None], np.array([200, 30, 10], np.uint8), np.uint8(0))
+    for name, picture in {
+        "object on black": Image.fromarray(on_black),
+        "opaque": Image.fromarray(on_black).convert("RGBA"),
+        "heat map": palette(
+            np.arange(4).reshape(2, 2), *((85 * i, 0, 255 - 85 * i) for i in range(4))
+        ),
+    }.items():
+        picture.save(tmp_path / "m.png")
+        assert "in colours" in error(load_map, tmp_path / "m.png"), name
+    grey = Image.fromarray(DISK.astype(np.uint8) * 255).convert("RGB")
+    grey.save(tmp_path / "m.jpg", quality=5)  # noise of JPEG is no colour
+    assert load_map(tmp_path / "m.jpg").mode == "L"
 
 
 # ---- Files that cannot be read -------------------------------------------------------------------
