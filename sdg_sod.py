@@ -25,6 +25,7 @@ Usage
         --captioner runs/sdg_sod-DUTS-TR/caption/last.pt                           # ... SDG-SOD+
     python sdg_sod.py --stage guide --data DUTS-TR --captioner bicaptioning_R_50_L1_H2048.pth
     python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
+    python sdg_sod.py --out runs/sdg_sod-shapes --explain photo.jpg   # the method, step by step
     torchrun --nproc_per_node=4 sdg_sod.py --data DUTS-TR --encoder-weights FILE
 
 Stages, in order: sod trains the saliency branch (PVT-SOD), caption the captioner, control
@@ -36,42 +37,10 @@ Results. Paper, DUTS-TE, S / mean F / mean E / MAE: PVT-SOD .898 / .865 / .933 /
 .905 / .878 / .943 / .027; pre-trained on COCO .903 / .873 / .938 / .028 and .911 / .889 / .946 /
 .026. Ours at that size: not run. At small scale: docs/sdg_sod.md.
 
-Departures, and choices where the paper is silent:
- D1 "PVT" is SegFormer's MiT, whose weights are a file of yours; the paper starts from those of
-    segmentation. PVT has a position code and patches that do not overlap; PVTv2 would fit the text
-    as well. The layers 2 2 2 2 are taken for those of mit_b1.
- D2 The decoder is SegFormer's, which fuses the scales by a layer with BatchNorm, with a width of
-    256 (b0, b1) or 768. --decoder literal is the single layer of the text. The rivals of Table 4
-    (common/rivals.py) have mmsegmentation's width, 512.
- D3 F3Net's loss is that of its paper, with both terms weighted. --bce coded is that of its code,
-    where a misspelt argument cancels the weights of the cross-entropy.
- D4 The optimiser is SegFormer's AdamW with weight decay 0.01, except on norms and, unlike
-    SegFormer, on biases; warm-up, then linear decay; one learning rate for all, where SegFormer's
-    head has ten times that of its encoder; batches of 16. Stage guide adds 40 epochs, where the
-    paper names 80 in all. Photos are flipped, and cropped by up to an eighth of each axis, as
-    F3Net does.
- D5 The captioner's CNN starts from ImageNet's weights and keeps their BatchNorm statistics. The
-    captioner learns with AdamW at one rate and with flips (left and right change places in the
-    words) for 20 epochs of batches of 16. VirTex starts at random and trains with SGD, Lookahead,
-    crops, colours and a rate of the CNN 200 times the text's, for 500,000 steps of 256. Ours is
-    untested at that size.
- D6 The features of the CNN are standardised. With plain features (--plain-grid, as in VirTex) our
-    captioners wrote good sentences long before their attention found the objects. On shapes the
-    grid also holds shallower maps, since the tiny CNN's deepest one tells colours badly. Words are
-    whole words, the 10,000 most frequent ones with three special ones; VirTex's are pieces.
- D7 A word's map is the cross-attention at the decoding step that predicts the word (--attn-row
-    read: the step that takes it as input): forward direction, last layer, mean over heads. Start
-    and end tokens have no map. The start token is always read before them, also with --released.
- D8 Normalise stretches each resized sum to [0, 1]; --attn-norm offers others.
- D9 xi is initialised to 0: before its first step the guided network equals the PVT-SOD that it
-    starts from.
- D10 The captioner sees the photo that the saliency network sees, --size pixels, resized again to
-    224. A mirrored or cropped photo takes its map along; --live describes it anew.
- D11 With several processes each draws for its own share of a batch and normalises by it;
-    BatchNorm's statistics are averaged after each epoch. Results depend a little on their number.
- D12 COCO-SOD pre-trains PVT-SOD, as Table 1 says, not the whole of SDG-SOD, as section 4.3 says.
---released follows the code of F3Net in D3, and that of VirTex's beam search, which does not feed
-the start token after its first step.
+Departures. Where the paper is silent, what it builds on is followed: SegFormer, VirTex and F3Net.
+--released takes F3Net's loss and VirTex's beam search from their code where it differs from their
+papers. docs/sdg_sod.md explains every departure and choice; D1 to D12 mark their places here.
+
 The tool for annotating COCO (Appendix A) is data/relabel.py.
 
 Shapes: B batch, H W input size, h w feature size, C channels, T words. Images are in [0, 1].
@@ -95,6 +64,7 @@ from common import flags, harness, runtime
 from common.backbones import PIXELS, backbone
 from common.bank import Bank, crop, draw_crops
 from common.datasets import open_set
+from common.explain import one_photo, panels, stretched
 from common.flags import Schedule, Settings
 from common.published import MIT_HEADS, mit_state, named_tensors, read_state, virtex_state
 from common.rivals import ContextDecoder
@@ -173,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python sdg_sod.py --out runs/mine             train all stages on built-in shapes\n"
         "  python sdg_sod.py --out runs/mine --predict photo.jpg --words\n"
-        "The docstring of this file explains the method and D1 to D12.",
+        "The docstring of this file explains the method, docs/sdg_sod.md D1 to D12.",
     )
     flags.add_flags(parser, PAPER, SHAPES)
     add = parser.add_argument_group("method").add_argument
@@ -209,7 +179,6 @@ def add_guidance_flags(add: Callable) -> None:
     norms = ("minmax", "max", "mean", "l1")
     add("--attn-norm", choices=norms, default="minmax", help="normalise in Eq. 3, D8 [minmax]")
     add("--attn-row", choices=("predict", "read"), help="see D7 [predict]")
-    add("--xi-init", choices=("zero", "normal"), default="zero", help="see D9 [zero]")
     text = (
         "train guide with the photo's own map or, to see if it matters, with another photo's, the "
         "mean of all, a Gaussian in the centre, or the mask [own]"
@@ -251,8 +220,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     args = flags.replaced(
         args,
         captions=args.captions or args.data,
-        width=args.width or (512 if wide else MIT[args.encoder].width),  # D2
-        bce=args.bce or ("coded" if args.released else "weighted"),  # D3
+        width=args.width or (512 if wide else MIT[args.encoder].width),  # SegFormer's, mmseg's (D2)
+        bce=args.bce or ("coded" if args.released else "weighted"),  # as F3Net's code or paper (D3)
         scales=args.scales or used,
         test_maps=args.test_maps or usual_test_maps(args.maps),
         eval=flags.evaluation_sets(args, usual_sets(args.data)),
@@ -378,7 +347,10 @@ class Level(nn.Module):
 
 
 class MiT(nn.Module):
-    """SegFormer's Mix Transformer (D1): four maps at strides 4, 8, 16, 32."""
+    """SegFormer's Mix Transformer: four maps at strides 4, 8, 16, 32.
+
+    The paper's "PVT" is taken for it, since the patches of its text overlap (D1).
+    """
 
     def __init__(self, name: str):
         super().__init__()
@@ -422,7 +394,10 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 
 
 class MLPDecoder(nn.Module):
-    """All-MLP decoder: a linear layer per scale, resized to 1/4, concatenated, fused (D2)."""
+    """All-MLP decoder: a linear layer per scale, resized to 1/4, concatenated, fused.
+
+    The layer that fuses is SegFormer's; the paper's text has none (literal, D2).
+    """
 
     def __init__(self, channels: tuple[int, ...], width: int, literal: bool = False):
         super().__init__()
@@ -445,22 +420,19 @@ class MLPDecoder(nn.Module):
 class Guidance(nn.Module):
     """Eq. 3 at some scales: F + xi(F * normalise(sum of the resized maps)).
 
-    scales: from 1, the finest. kind: minmax, max, mean (divided by T), l1 (mean of 1), see D8.
-    zero: xi starts at 0 (D9).
+    scales: from 1, the finest. kind of normalise, on which the paper is silent (D8): minmax, max,
+    mean (divided by T), l1 (mean of 1).
     """
 
-    def __init__(self, channels: tuple[int, ...], scales: list[int], kind: str, zero: bool = True):
+    def __init__(self, channels: tuple[int, ...], scales: list[int], kind: str):
         super().__init__()
         self.kind = kind
         self.xi = nn.ModuleDict()
         for scale in sorted(set(scales)):
-            self.xi[str(scale)] = nn.Conv2d(channels[scale - 1], channels[scale - 1], 1)
-        for xi in self.xi.values():
-            if zero:
-                nn.init.zeros_(xi.weight)
-            else:
-                nn.init.trunc_normal_(xi.weight, std=0.02)
+            xi = nn.Conv2d(channels[scale - 1], channels[scale - 1], 1)
+            nn.init.zeros_(xi.weight)  # at first guidance changes nothing (D9)
             nn.init.zeros_(xi.bias)
+            self.xi[str(scale)] = xi
 
     def forward(self, features: list[Tensor], m: Tensor) -> list[Tensor]:
         """F1 ... F4 and the sum of a caption's maps [B, 1, h, w] -> guided F1 ... F4."""
@@ -555,8 +527,10 @@ class DecoderLayer(nn.TransformerDecoderLayer):
 class Captioner(nn.Module):
     """VirTex: a CNN, and a transformer that writes captions forward and backward.
 
-    lexicon: the V words, by token. taps, plain: D6. row: D7. The two directions share all but their
-    layers, and the output shares its weights with the embedding.
+    lexicon: the V words, by token. taps: how many of the CNN's deepest maps make the grid, which is
+    standardised, lest attention miss the objects, unless `plain`, as in VirTex (D6). row: see
+    `attend`. The two directions share all but their layers, and the output shares its weights with
+    the embedding.
     """
 
     def __init__(
@@ -682,7 +656,8 @@ class Captioner(nn.Module):
     def attend(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] -> caption [B, T], and the map of every word [B, T, 7, 7].
 
-        Maps of anything but words are 0. Which row of the attention is a word's map (D7):
+        Maps of anything but words are 0. The paper leaves open which row of the attention is a
+        word's map (D7):
 
             token read     [START]    a      red    star
             row              0        1       2      3
@@ -722,9 +697,10 @@ def reverse(tokens: Tensor) -> Tensor:
 
 # ---- Losses --------------------------------------------------------------------------------------
 def structure_loss(logit: Tensor, g: Tensor, bce: str = "weighted") -> Tensor:
-    """F3Net's weighted BCE + weighted IoU of the logit and the mask g, [B, 1, H, W] (D3).
+    """F3Net's weighted BCE + weighted IoU of the logit and the mask g, [B, 1, H, W].
 
-    bce: "weighted", or "coded", which is the plain mean of the cross-entropy.
+    bce: "weighted", as in F3Net's paper, or "coded": the plain mean, as a misspelt argument makes
+    it in F3Net's code (D3).
     """
     logit = logit.float()
     g = g.float()
@@ -734,7 +710,7 @@ def structure_loss(logit: Tensor, g: Tensor, bce: str = "weighted") -> Tensor:
     near = F.avg_pool2d(near, (1, 31), 1, (0, 15))
     w = 1 + 5 * (near - g).abs()
 
-    # Cross-entropy, weighted per image; in F3Net's code the weights cancel.
+    # Cross-entropy, weighted per image.
     p = torch.sigmoid(logit)
     cross = F.binary_cross_entropy_with_logits(logit, g, reduction="none")
     if bce == "coded":
@@ -777,12 +753,13 @@ def make_net(args: argparse.Namespace) -> SDGSOD:
 def make_guided(net: SDGSOD, captioner: Captioner, args: argparse.Namespace) -> SDGSOD:
     """The network of stage guide: a PVT-SOD and a captioner, joined by untrained guidance."""
     channels = net.encoder.channels
-    guidance = Guidance(channels, args.scales, args.attn_norm, args.xi_init == "zero")
+    guidance = Guidance(channels, args.scales, args.attn_norm)
     return SDGSOD(net.encoder, net.decoder, guidance, captioner)
 
 
 def make_optimiser(net: nn.Module) -> torch.optim.Optimizer:
-    """AdamW; the matrices that are learnt decay, norms and biases do not (D4)."""
+    """SegFormer's AdamW, since the paper names none (D4); of what is learnt matrices decay, norms
+    and biases do not."""
     learnt = [p for p in net.parameters() if p.requires_grad]
     matrices = [p for p in learnt if p.dim() > 1]
     others = [p for p in learnt if p.dim() < 2]
@@ -803,7 +780,7 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
 
 
 def epoch_random(stage: str, epoch: int, settings: Settings) -> torch.Generator:
-    """The random numbers of this process in an epoch.
+    """The random numbers of this process in an epoch; each draws for its own share (D11).
 
     Dropout draws from torch's own generator, which is seeded here too, so that an epoch of a
     resumed run is the same.
@@ -813,20 +790,14 @@ def epoch_random(stage: str, epoch: int, settings: Settings) -> torch.Generator:
     return random
 
 
-def train_saliency(
-    stage: str,
-    net: SDGSOD,
-    settings: Settings,
-    schedule: Schedule,
-    bce: str,
-    cut: float,
-    maps: str,
-) -> None:
+def train_saliency(stage: str, net: SDGSOD, settings: Settings, args: argparse.Namespace) -> None:
     """Stages sod, control and guide: learn masks, in stage guide with the map of each photo.
 
-    bce: see `structure_loss`. cut: most that a crop leaves out of either axis. maps: the map that
-    guides a photo, one of `MAPS`, or "live", the own one described anew in every step (D10).
+    With --live the captioner describes every photo anew, as it was cropped; else the map that it
+    has made of the whole photo is mirrored and cropped along (D10).
     """
+    schedule = getattr(args, f"stage_{stage}")
+
     # The photos and masks, and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root)
     folder = settings.out / stage
@@ -839,11 +810,11 @@ def train_saliency(
     watch = harness.Watch(judging("mask", settings), photos)
 
     # With --resume, `Run` has restored the captioner, so the maps are made after it.
-    guided = stage == "guide" and maps != "live"
+    guided = stage == "guide" and not args.live
     if guided:
-        guidance = make_maps(maps, net.captioner, bank, settings)  # [N, 1, 7, 7]
+        guidance = make_maps(args.maps, net.captioner, bank, settings)  # [N, 1, 7, 7]
         net.mean_map.copy_(guidance.mean(0, keepdim=True))
-        if maps in ("mean", "centre"):
+        if args.maps in ("mean", "centre"):
             saliency = partial(saliency, m=net.mean_map)
 
     for epoch in run.epochs():
@@ -853,7 +824,7 @@ def train_saliency(
             set_rate(optimiser, lr)
 
             # Photos, masks and maps, flipped and cropped together; [B, 1, S/4, S/4] for maps.
-            box = draw_crops(len(index), cut, random)
+            box = draw_crops(len(index), args.crop, random)
             image = crop(bank.images(index, flip), box)  # [B, 3, S, S]
             mask = crop(bank.masks(index, flip), box)  # [B, 1, S, S]
             m = None
@@ -863,7 +834,7 @@ def train_saliency(
             # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
                 logit = run.net(image, m)  # [B, 1, S, S]
-            loss = structure_loss(logit, mask, bce)
+            loss = structure_loss(logit, mask, args.bce)
 
             # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
@@ -978,55 +949,28 @@ def cropped_maps(maps: Tensor, index: Tensor, flip: Tensor, box: Tensor, side: i
 
 
 # ---- Where a stage starts ------------------------------------------------------------------------
-class Plan(NamedTuple):
-    """What a captioner is made of, besides its weights. Its checkpoints hold this, too."""
-
-    lexicon: list[str]
-    hidden: int
-    layers: int
-    taps: int
-    plain_grid: bool
-    backbone: str
-    pixels: str
-    borders: str
+# Flags that describe a captioner; its checkpoints hold them with its words, apart from the others.
+PLAN = ("hidden", "layers", "taps", "plain_grid", "backbone", "pixels", "borders")
 
 
 def plan_of(net: SDGSOD | Captioner) -> dict:
     """What the checkpoint of a network has to tell about its captioner, if it has one."""
     captioner = net.captioner if isinstance(net, SDGSOD) else net
-    return {"captioner_plan": captioner.plan._asdict()} if captioner else {}
+    return {"captioner_plan": captioner.plan} if captioner else {}
 
 
-def make_plan(lexicon: list[str], args: argparse.Namespace) -> Plan:
-    """The plan with these words that the flags describe."""
-    return Plan(lexicon, **{name: getattr(args, name) for name in Plan._fields[1:]})
+def make_captioner(lexicon: list[str], args: argparse.Namespace, weights: str | None) -> Captioner:
+    """A captioner on the CPU, untrained except for its CNN; `weights` as for `backbone`.
 
-
-def load_plan(saved: dict, path: str | Path, args: argparse.Namespace) -> Plan:
-    """The plan in a checkpoint of stage caption or guide; raises `UserError` if there is none.
-
-    --vocabulary replaces its words.
+    lexicon: its words, which --vocabulary replaces.
     """
-    plan = saved["args"].get("captioner_plan")
-    lexicon = plan.get("lexicon") if isinstance(plan, dict) else None
-    if not isinstance(lexicon, list) or not all(isinstance(word, str) for word in lexicon):
-        raise UserError(
-            f"{path} was made by another version: it lacks the plan of its captioner; train again"
-        )
-    saved = {"args": plan}
-    args = flags.saved_flags(build_parser(), args, saved, path, Plan._fields[1:], free=[])
-    if args.hidden % 64:
-        raise UserError(f"{path} is a damaged checkpoint: --hidden cannot be {args.hidden}")
-    return with_vocabulary(make_plan(lexicon, args), args.vocabulary)
-
-
-def make_captioner(plan: Plan, args: argparse.Namespace, weights: str | None) -> Captioner:
-    """A captioner on the CPU, untrained except for its CNN; `weights` as for `backbone`."""
-    kept = weights != "none"  # D5: statistics of BatchNorm that came with weights are kept
-    encoder = backbone(plan.backbone, weights, plan.pixels, kept, borders=plan.borders)
-    shape = (plan.lexicon, plan.hidden, plan.layers, plan.taps, plan.plain_grid)
+    if args.vocabulary:
+        lexicon = captions.read_vocabulary(args.vocabulary, len(lexicon))
+    kept = weights != "none"  # statistics of BatchNorm, if weights came with them (D5)
+    encoder = backbone(args.backbone, weights, args.pixels, kept, borders=args.borders)
+    shape = (lexicon, args.hidden, args.layers, args.taps, args.plain_grid)
     captioner = Captioner(encoder, *shape, args.attn_row, args.beam, args.released)
-    captioner.plan = plan
+    captioner.plan = {"lexicon": lexicon} | {name: getattr(args, name) for name in PLAN}
     return captioner
 
 
@@ -1035,8 +979,7 @@ def make_new_captioner(lexicon: list[str], args: argparse.Namespace) -> Captione
     if args.hidden % 64:
         raise UserError(f"--hidden {args.hidden} is not a multiple of 64, the width of a head")
     usual = "imagenet" if args.backbone == "resnet50" else None
-    weights = args.backbone_weights or usual
-    captioner = make_captioner(make_plan(lexicon, args), args, weights)
+    captioner = make_captioner(lexicon, args, args.backbone_weights or usual)
     captioner.encoder.requires_grad_(not args.freeze)
     return captioner
 
@@ -1044,39 +987,48 @@ def make_new_captioner(lexicon: list[str], args: argparse.Namespace) -> Captione
 def load_captioner(
     path: str | Path, args: argparse.Namespace, saved: dict | None = None
 ) -> Captioner:
-    """The captioner of a checkpoint (`saved` if it has been read), ours or VirTex's.
-
-    --vocabulary replaces its words.
-    """
+    """The captioner of a checkpoint (`saved` if it has been read), ours or VirTex's."""
     saved = saved or runtime.torch_load(path)
     if "method" in saved:
         runtime.check_checkpoint(saved, path, METHOD, "caption")
         state = saved["model"]
-        plan = load_plan(saved, path, args)
+        lexicon, args = saved_plan(saved, path, args)
     else:
         state = virtex_state(named_tensors(saved.get("model", saved), path))
-        plan = with_vocabulary(virtex_plan(state, path), args.vocabulary)
-    captioner = make_captioner(plan, args, "none")
+        lexicon, args = virtex_plan(state, path, args)
+    captioner = make_captioner(lexicon, args, "none")
     runtime.load_state(captioner, state, path)
     return captioner
 
 
-def virtex_plan(state: dict[str, Tensor], path: str | Path) -> Plan:
-    """The plan of VirTex's captioner, told by its weights; raises `UserError`."""
+def saved_plan(
+    saved: dict, path: str | Path, args: argparse.Namespace
+) -> tuple[list[str], argparse.Namespace]:
+    """The words of the captioner in a checkpoint of stage caption or guide, and the flags with
+    those that describe it; raises `UserError` if they are not there."""
+    plan = saved["args"].get("captioner_plan")
+    lexicon = plan.get("lexicon") if isinstance(plan, dict) else None
+    if not isinstance(lexicon, list) or not all(isinstance(word, str) for word in lexicon):
+        raise UserError(
+            f"{path} was made by another version: it lacks the plan of its captioner; train again"
+        )
+    args = flags.saved_flags(build_parser(), args, {"args": plan}, path, PLAN, free=[])
+    if args.hidden % 64:
+        raise UserError(f"{path} is a damaged checkpoint: --hidden cannot be {args.hidden}")
+    return lexicon, args
+
+
+def virtex_plan(
+    state: dict[str, Tensor], path: str | Path, args: argparse.Namespace
+) -> tuple[list[str], argparse.Namespace]:
+    """The same of VirTex's captioner, told by its weights; raises `UserError`."""
     words = state.get("words.weight")
     if words is None or words.ndim != 2 or words.shape[1] % 64:
         raise UserError(f"{path} holds neither a captioner of sdg_sod.py nor one of VirTex")
     layers = {key.split(".")[1] for key in state if key.startswith("forwards.")}
+    changes = {"hidden": words.shape[1], "layers": len(layers), "taps": 1, "plain_grid": True}
     cnn = {"backbone": "resnet50", "pixels": "imagenet", "borders": "zeros"}
-    lexicon = captions.numbers(len(words))
-    return Plan(lexicon, words.shape[1], len(layers), taps=1, plain_grid=True, **cnn)
-
-
-def with_vocabulary(plan: Plan, file: str | None) -> Plan:
-    """The plan with the words that --vocabulary names."""
-    if file is None:
-        return plan
-    return plan._replace(lexicon=captions.read_vocabulary(file, len(plan.lexicon)))
+    return captions.numbers(len(words)), flags.replaced(args, **changes, **cnn)
 
 
 @contextmanager
@@ -1129,7 +1081,7 @@ def find(given: str | None, stage: str, settings: Settings) -> Path:
 
 def make_start(stage: str, args: argparse.Namespace, settings: Settings) -> SDGSOD:
     """The network of stage sod, control or guide, with the weights that the stage starts from."""
-    if stage == "sod" and args.pretrained:
+    if stage == "sod" and args.pretrained:  # PVT-SOD alone, as Table 1 says, not all (D12)
         return load_sod("pretrained", args.pretrained, args)
     if stage == "sod":
         net = make_net(args)
@@ -1299,10 +1251,52 @@ def study_maps(captioner: Captioner, settings: Settings) -> None:
             found.report(dataset.title, usual, settings.seed, settings.out / "caption")
 
 
-def predict_words(net: nn.Module, settings: Settings, kind: str) -> list[str]:
+@torch.no_grad()
+def explain_words(captioner: Captioner, image: Tensor) -> list[tuple[str, Tensor]]:
+    """The map of each word that the captioner writes of a photo, as titled pictures (Fig. 9)."""
+    ((said, maps),), _ = describe(captioner, image, "off")  # maps [words, 7, 7]
+    pictures = []
+    for j, (word, m) in enumerate(zip(said, maps), start=1):
+        pictures.append((f"M{j}: {word}", stretched(m[None, None])))
+    return pictures
+
+
+@torch.no_grad()
+def explain_saliency(
+    net: SDGSOD, photo: Tensor, image: Tensor, kind: str
+) -> list[tuple[str, Tensor]]:
+    """The saliency network at work on one photo, as titled pictures: its features and its map,
+    with guidance both with and without it. kind: of the map that guides, "own" or "mean"."""
+    # Without guidance.
+    net.eval()
+    features = net.encoder(image)
+    shown = [(f"F{i}, mean of channels", stretched(f)) for i, f in enumerate(features, start=1)]
+    s = torch.sigmoid(resize(net.decoder(features).float(), image))
+    if net.guidance is None:
+        return [("photo", photo), *shown, ("S, the saliency map", s[0])]
+
+    # With guidance: the features of each guided scale, and the maps of the words that guide.
+    m = net.mean_map if kind == "mean" else net.captioner.guidance(image)  # [1, 1, 7, 7]
+    for i, f in enumerate(net.guidance(features, m), start=1):
+        title = f"F{i} guided, Eq. 3" if str(i) in net.guidance.xi else f"F{i}, not guided"
+        shown.append((title, stretched(f)))
+    if kind == "own":
+        shown += explain_words(net.captioner, image)
+    name = "mean map of training" if kind == "mean" else "normalise(M1 + ... + MT), Eq. 3"
+    return [
+        ("photo", photo),
+        (name, stretched(net.guidance.normalise(m))),
+        ("S without guidance", s[0]),
+        ("S with guidance", torch.sigmoid(net(image, m))[0]),
+        *shown,
+    ]
+
+
+def predict_words(net: nn.Module, settings: Settings, kind: str) -> None:
     """Write <out>/predict/<name>_words.png: photo, saliency unless of stage caption, words.
 
-    kind: of the map that guides, "own" or "mean". Returns the reasons why photos could not be read.
+    kind: of the map that guides, "own" or "mean". Raises `UserError` in the end if photos could not
+    be read and the network is a captioner; of others `harness.predict`, which follows, does.
     """
     folder = settings.out / "predict"
     photos = harness.open_photos(settings.predict, settings.data_root, skip=folder)
@@ -1312,23 +1306,22 @@ def predict_words(net: nn.Module, settings: Settings, kind: str) -> list[str]:
     broken = []
     for samples, images in harness.batches_of(photos, settings, "words", broken):
         described, m = describe(captioner, images, settings.amp)
-        saliency = None
-        if kind == "mean" and net is not captioner:
-            m = net.mean_map
+        shown = [images]
         if net is not captioner:
-            saliency = torch.sigmoid(saliency_logit(net, images, settings.amp, m))
+            m = net.mean_map if kind == "mean" else m
+            shown.append(torch.sigmoid(saliency_logit(net, images, settings.amp, m)))
         for i, (said, maps) in enumerate(described):
             name = samples[i]["name"]
             lines.append(f"{name}: {' '.join(said)}")
-            pictures = [images[i]]
-            if saliency is not None:
-                pictures.append(saliency[i])
+            pictures = [batch[i] for batch in shown]
             save_png(folder / f"{name}_words.png", captions.draw_words(pictures, said, maps))
 
     for part in settings.world.gather(lines):
         for line in part:
             say(line)
-    return [reason for part in settings.world.gather(broken) for reason in part]
+    broken = [reason for part in settings.world.gather(broken) for reason in part]
+    if broken and net is captioner:
+        raise UserError(f"{len(broken)} photo(s) could not be read: " + "; ".join(broken))
 
 
 def open_checkpoint(
@@ -1355,8 +1348,8 @@ def open_checkpoint(
         return args, stage, load_captioner(path, args, saved)
     net = make_net(args)
     if stage == "guide":
-        captioner = make_captioner(load_plan(saved, path, args), args, "none")
-        net = make_guided(net, captioner, args)
+        lexicon, described = saved_plan(saved, path, args)
+        net = make_guided(net, make_captioner(lexicon, described, "none"), args)
     runtime.load_state(net, saved["model"], path)
     return args, stage, net
 
@@ -1378,7 +1371,7 @@ def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predic
 
 # ---- Main ----------------------------------------------------------------------------------------
 def use(args: argparse.Namespace) -> None:
-    """Evaluate or predict with a checkpoint: that of --weights, or of the run folder."""
+    """Evaluate, predict or explain with a checkpoint: of --weights, or of the run folder."""
     path = flags.checkpoint_of(args, METHOD, f"{args.stage or 'guide'}/last.pt")
     args, stage, net = open_checkpoint(path, flags.replaced(args, weights=path))
     if args.words and stage in ("sod", "control"):
@@ -1386,10 +1379,9 @@ def use(args: argparse.Namespace) -> None:
             f"--words: {path} is of stage {stage}, which knows no words; give a checkpoint of "
             "stage caption or guide"
         )
-    if args.predict and stage == "guide" and args.test_maps in ("other", "mask"):
+    if (args.predict or args.explain) and stage == "guide" and args.test_maps in ("other", "mask"):
         raise UserError(
-            f"--predict: a photo alone has no map of the kind {args.test_maps}; give --test-maps "
-            "own or mean"
+            f"a photo alone has no map of the kind {args.test_maps}; give --test-maps own or mean"
         )
     settings = flags.settle(args, METHOD, captions=True)
     net = settings.place(net, channels_last=False)
@@ -1400,14 +1392,18 @@ def use(args: argparse.Namespace) -> None:
     else:
         results = evaluate(stage, net, settings, args.test_maps)
         harness.save_results(results, settings, settings.out / stage)
-    broken = []
     if args.predict and (stage == "caption" or args.words):
-        broken = predict_words(net, settings, args.test_maps)
+        predict_words(net, settings, args.test_maps)
     if args.predict and stage != "caption":
         forward = prediction(net, args.test_maps, settings.amp)
         harness.predict(forward, settings, args.overlay, args.skip_existing)
-    elif broken:
-        raise UserError(f"{len(broken)} photo(s) could not be read: " + "; ".join(broken))
+    if args.explain:
+        photo, image, path = one_photo(args.explain, settings)
+        if stage == "caption":
+            pictures = [("photo", photo), *explain_words(net, image)]
+        else:
+            pictures = explain_saliency(net, photo, image, args.test_maps)
+        panels(path, pictures, columns=4 if stage in ("caption", "guide") else 3)
 
 
 def check_judges(stage: str, settings: Settings) -> None:
@@ -1427,9 +1423,9 @@ def stages_to_train(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train the stages asked for, in order; or evaluate or predict with a checkpoint."""
+    """Train the stages asked for, in order; or use a checkpoint."""
     args = build_parser().parse_args(argv)
-    if args.weights or args.predict:
+    if args.weights or args.predict or args.explain:
         use(args)
         return
 
@@ -1453,8 +1449,7 @@ def main(argv: list[str] | None = None) -> None:
             study_maps(net, settings)
         else:
             net = settings.place(make_start(stage, args, settings), channels_last=False)
-            maps = "live" if args.live else args.maps
-            train_saliency(stage, net, settings, schedules[stage], args.bce, args.crop, maps)
+            train_saliency(stage, net, settings, args)
             results |= evaluate(stage, net, settings, args.test_maps)
             harness.save_results(results, settings, settings.out / stage)
     shown = [stage for stage in ("sod", "control", "guide") if (settings.out / stage).exists()]

@@ -152,19 +152,19 @@ def test_mean_divides_by_the_number_of_words():
 def test_guidance_that_starts_at_0_changes_nothing(captioner):
     image, m = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 7, 7)
     plain = net().eval()(image)
-    zero, normal = (
-        net(guidance=sdg_sod.Guidance(CHANNELS, [1, 2, 3, 4], "minmax", zero), captioner=captioner)
-        for zero in (True, False)
-    )
-    for guided in (zero, normal):  # the same encoder and decoder
-        guided.load_state_dict(guided.state_dict() | net().state_dict())
-    assert torch.equal(zero.eval()(image, m), plain)
-    assert not torch.allclose(normal.eval()(image, m), plain)
+    guidance = sdg_sod.Guidance(CHANNELS, [1, 2, 3, 4], "minmax")
+    guided = net(guidance=guidance, captioner=captioner)
+    guided.load_state_dict(guided.state_dict() | net().state_dict())  # encoder and decoder
+    assert torch.equal(guided.eval()(image, m), plain)
+    for xi in guidance.xi.values():
+        torch.nn.init.normal_(xi.weight, std=0.02)
+    assert not torch.allclose(guided(image, m), plain)
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4])
 def test_only_the_chosen_scale_is_guided(scale, features):
-    guidance = sdg_sod.Guidance(CHANNELS, [scale], "minmax", zero=False)
+    guidance = sdg_sod.Guidance(CHANNELS, [scale], "minmax")
+    torch.nn.init.normal_(guidance.xi[str(scale)].weight)
     guided = guidance(features, torch.rand(2, 1, 7, 7))
     same = [torch.equal(f, g) for f, g in zip(features, guided)]
     assert same == [i + 1 != scale for i in range(4)]

@@ -218,7 +218,7 @@ def virtex(tmp_path_factory):
     lines = "\n".join(f"\u2581piece{i}\t{-i}" for i in range(10_000))
     (path.parent / "model.pth.vocab").write_text(lines, encoding="utf-8")
     net = sdg_sod.load_captioner(path, args).eval()
-    assert (net.plan.hidden, net.plan.layers, net.lexicon[7]) == (1024, 1, "\u2581piece7")
+    assert (net.plan["hidden"], net.plan["layers"], net.lexicon[7]) == (1024, 1, "\u2581piece7")
     path.unlink()
     with torch.no_grad():
         return net, net.encode(recipe.photos("rgb224", 224, 224))

@@ -32,6 +32,7 @@ from common import harness, published, runtime
 from common.backbones import backbone
 from common.bank import Bank
 from common.datasets import open_set
+from common.images import to_tensor
 from common.run import Run
 from data import captions
 from data.ladder import mask_map, others
@@ -181,6 +182,44 @@ def test_predictions_have_the_photo_s_size_and_words_can_be_drawn(base, tmp_path
         main("--predict", photo, "--weights", weights, "--out", out, "--crf", "--device", "cpu")
         assert [path.name for path in (out / "predict").glob("*.png")] == [made]
     assert Image.open(tmp_path / "sod" / "predict" / "tall.png").size == (33, 71)
+
+
+def test_every_stage_is_explained(base, tmp_path):
+    """Panels of 256 x 256, with a title and a margin 260 x 280, in rows of three or four."""
+    folder, _ = base
+    photo = write_photo(tmp_path / "photo.png", 64, 64)
+    _, _, captioner = loaded(folder / "caption" / "last.pt")
+    image = to_tensor(Image.open(photo))[None] / 255
+    words = len(sdg_sod.explain_words(captioner, image))
+    panels = {"sod": 6, "control": 6, "guide": 12 + words, "caption": 1 + words}
+    for stage, count in panels.items():
+        columns = min(4 if stage in ("guide", "caption") else 3, count)
+        weights = ["--weights", folder / stage / "last.pt", "--device", "cpu"]
+        main(*weights, "--explain", photo, "--out", tmp_path / stage)
+        picture = Image.open(tmp_path / stage / "explain" / "photo.png")
+        assert picture.size == (columns * 260, -(-count // columns) * 280), stage
+        sentence = refused(*weights, "--explain", tmp_path / "no.jpg", "--out", tmp_path)
+        assert "no.jpg" in sentence
+
+    guide = ["--weights", folder / "guide" / "last.pt", "--explain", photo, "--out", tmp_path]
+    main(*guide, "--test-maps", "mean", "--device", "cpu")
+    assert Image.open(tmp_path / "explain" / "photo.png").size == (4 * 260, 3 * 280)
+    sentence = refused(*guide, "--test-maps", "mask")
+    assert "a photo alone has no map of the kind mask" in sentence
+
+
+def test_the_explained_maps_are_those_of_the_network(base):
+    folder, _ = base
+    args, _, net = loaded(folder / "guide" / "last.pt")
+    image = torch.rand(1, 3, 64, 64)
+    torch.nn.init.normal_(net.guidance.xi["1"].weight)
+    pictures = dict(sdg_sod.explain_saliency(net, image[0], image, "own"))
+    guided = sdg_sod.saliency_logit(net, image, "off").sigmoid()[0]
+    assert torch.equal(pictures["S with guidance"], guided)
+    net.guidance = None
+    plain = sdg_sod.saliency_logit(net, image, "off").sigmoid()[0]
+    assert torch.equal(pictures["S without guidance"], plain)
+    assert not torch.allclose(plain, guided)
 
 
 def test_a_network_is_a_function_of_photos(base, tmp_path):
@@ -417,7 +456,7 @@ CHANGES = {
     "caption": "--hidden 128 | --layers 2 | --pixels unit | --lr 1e-4 | --backbone-weights none | "
     "--seed 1 | --no-freeze | --taps 1 | --plain-grid | --captions ECHO",
     "guide": "--scales 1 | --attn-norm max | --attn-norm mean | --attn-norm l1 | --attn-row read | "
-    "--xi-init normal | --maps other | --maps mean | --maps centre | --maps mask | --live | "
+    "--maps other | --maps mean | --maps centre | --maps mask | --live | "
     "--released",
 }
 
