@@ -583,7 +583,7 @@ def make_net(
 
     if stage == 1:
         return CueExtractor(encoder(args.pixels), args.sign, adapter, args.released)
-    # Stored statistics of BatchNorm fit normalised pixels, of the modality, too (D7).
+    # The modality is normalised like a photo: BatchNorm's stored statistics fit no others (D7).
     modality_pixels = "unit" if args.released else args.pixels
     return Detector(encoder(args.pixels), encoder(modality_pixels), args.width)
 
@@ -670,7 +670,9 @@ def train_cues(net: CueExtractor, settings: Settings, args: argparse.Namespace) 
     Trains what requires a gradient: all blocks, or in transfer the adapter alone.
     """
     schedule = args.stage1
-    pcl, annealed, two_scales = args.pcl == "on", args.power == "annealed", args.multi_scale == "on"
+    pcl = args.pcl == "on"
+    annealed = args.power == "annealed"
+    two_scales = args.multi_scale == "on"
 
     # Photos and modalities, without masks; and the run, which resumes, logs and writes last.pt.
     photos = open_set(settings.data, settings.data_root, masks=False)
