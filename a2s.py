@@ -76,12 +76,22 @@ SHAPES = {  # built-in pictures, in minutes
     "sxy": 100.0,
     "srgb": 20.0,
 }
+SMALL = {  # your own photos, in a quarter of an hour for 500
+    "stage1": Schedule(epochs=3, lr=1.0),
+    "stage2": Schedule(epochs=9, lr=0.01),
+    "batch_size": 8,
+    "size": 160,
+    "backbone": "mobilenet_v2",
+    "sxy": 50.0,
+    "srgb": 5.0,
+}
+PRESETS = {"paper": PAPER, "shapes": SHAPES, "small": SMALL}
 PAPER_SETS = ["ECSSD", "MSRA-B-test", "DUT-OMRON", "PASCAL-S", "DUTS-TE", "HKU-IS"]  # Table II
 
 
 # ---- Config --------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
-    """All flags. A default of None is the paper's value, or the small preset's on shapes."""
+    """All flags. A default of None is the value of the preset."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  python a2s.py --data photos/ --predict new/   map other photos with that detector\n"
         "The docstring of this file explains the method, docs/a2s.md D1 to D12.",
     )
-    flags.add_flags(parser, PAPER, SHAPES)
+    flags.add_flags(parser, PRESETS)
     method = parser.add_argument_group("method")
     add = method.add_argument
     add("--stage", choices=("1", "2"), help="one stage only [1, then 2]")
@@ -120,8 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="threshold of M in DB5, Table I [mean]",
     )
     add("--unary", choices=("hard", "soft"), help="start of the CRF without --released, D2 [hard]")
-    add("--sxy", type=float, help="CRF: reach in a photo of 320 pixels [paper 50, shapes 100]")
-    add("--srgb", type=float, help="CRF: tolerance in grey levels [paper 5, shapes 20]")
+    add("--sxy", type=float, help="CRF: reach in a photo of 320 pixels [50; shapes 100]")
+    add("--srgb", type=float, help="CRF: tolerance in grey levels [5; shapes 20]")
     add("--detector", choices=("ram", "conv"), default="ram", help="conv: Table VII, dagger [ram]")
     add(
         "--rectify",
@@ -134,23 +144,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags with a value for each: the paper's, or the small preset's on shapes."""
+    """The flags with a value for each, that of the preset where none was given."""
     if not 0 <= args.drop < 1:
         raise UserError(f"--drop {args.drop} is not a share of pixels from 0 to less than 1")
-    small = flags.is_shapes(args.data)
     usual = []  # the sets to score on without --eval
-    if small:
+    if flags.is_shapes(args.data):
         usual = ["shapes-test"]
     elif args.data == "MSRA-B":
         usual = PAPER_SETS
 
-    args = flags.completed(args, SHAPES if small else PAPER)
+    args = flags.completed(args, PRESETS)
     return flags.replaced(
         args,
         unary=args.unary or "hard",  # else the CRF changes nothing (D2)
         bn=args.bn or ("batch" if args.released else "stored"),  # as the encoder was trained (D7)
         eval=flags.evaluation_sets(args, usual),
     )
+
+
+# Flags that describe a trained network, and flags that are those of its training unless given.
+FIXED = ["backbone", "pixels", "borders", "released", "boundary", "threshold", "detector"]
+FREE = ["size", "sxy", "srgb", "unary"]
 
 
 # ---- Model: stage 1 ------------------------------------------------------------------------------
@@ -804,9 +818,7 @@ def open_checkpoint(
         runtime.check_checkpoint(saved, path, METHOD)
         stage = saved["stage"]
         state = saved["model"]
-        fixed = "backbone pixels borders released boundary threshold detector data".split()
-        free = ["size", "sxy", "srgb", "unary"]
-        args = flags.saved_flags(build_parser(), args, saved, path, fixed, free)
+        args = flags.saved_flags(build_parser(), args, saved, path, [*FIXED, "data"], FREE)
         out = flags.out_of(args, path, METHOD, ("stage1", "stage2"))
         args = flags.replaced(args, out=out)
     args = complete(args)
@@ -825,7 +837,7 @@ def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predic
     args, stage, net = open_checkpoint(path, flags.replaced(args, eval=[]))
     settings = flags.settle(args, METHOD, quiet=True)
     logit = activation_logit if stage == 1 else detector_logit
-    return harness.Predictor(partial(logit, settings.place(net), amp=settings.amp), settings)
+    return harness.Predictor(logit, net, settings)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -862,18 +874,28 @@ def main(argv: list[str] | None = None) -> None:
         use(args)
         return
 
+    # A stage may start from a network of an earlier run.
+    init_stage = init = None
+    if args.init:
+        like, init_stage, init = open_checkpoint(
+            flags.named_checkpoint(args.init, METHOD), flags.replaced(args, eval=[])
+        )
+        args = flags.taken_from(like, args, [*FIXED, *FREE])
+
     args = complete(args)
-    flags.show_preset(args, SHAPES)
+    flags.show_preset(args, PRESETS)
     settings = flags.settle(args, METHOD)
     stages = [int(args.stage)] if args.stage else [1, 2]
     schedules = {1: args.stage1, 2: args.stage2}
+    if init and init_stage not in stages:
+        raise UserError(f"--init {args.init} is of stage {init_stage}, which is not trained here")
     claim(settings, {f"stage{stage}": schedules[stage] for stage in stages})
 
     results = {}
     to_label = label_maker(args)
     for stage in stages:
         torch.manual_seed(args.seed)
-        net = make_net(stage, args, args.backbone_weights)
+        net = init if stage == init_stage else make_net(stage, args, args.backbone_weights)
         net = settings.place(net, channels_last=settings.trains_channels_last)
         if stage == 1:
             train_activation(net, settings, args.stage1, args.alpha, args.aux, args.drop)

@@ -67,12 +67,19 @@ SHAPES = {
     "size": 160,
     "backbone": "tiny",
 }
+SMALL = {  # your own photos and masks, in a quarter of an hour for 500
+    "stage1": Schedule(epochs=12, lr=0.03),
+    "batch_size": 8,
+    "size": 160,
+    "backbone": "mobilenet_v2",
+}
+PRESETS = {"paper": PAPER, "shapes": SHAPES, "small": SMALL}
 PAPER_SETS = ["ECSSD", "DUTS-TE", "DUT-OMRON", "PASCAL-S", "HKU-IS"]  # Table 1
 
 
 # ---- Config --------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
-    """All flags. A default of None is the paper's value, or the small preset's on shapes."""
+    """All flags. A default of None is the value of the preset."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  python class_net.py --data photos/ --predict new/   map other photos with that network\n"
         "The docstring of this file explains the method, docs/class_net.md D1 to D14.",
     )
-    flags.add_flags(parser, PAPER, SHAPES)
+    flags.add_flags(parser, PRESETS)
     parser.set_defaults(pixels=None)  # ImageNet's, or with --released those of the photos (D8)
     method = parser.add_argument_group("method")
     add = method.add_argument
@@ -136,9 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags with a value for each: the paper's, or the small preset's on shapes."""
-    small = flags.is_shapes(args.data)
-    args = flags.completed(args, SHAPES if small else PAPER)
+    """The flags with a value for each, that of the preset where none was given."""
+    args = flags.completed(args, PRESETS)
     if args.size < 64:
         raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 64")
     if args.vgg_taps == "conv" and args.backbone != "vgg16":
@@ -149,7 +155,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         augment = ["flip", "scale", "crop"] if args.released else ["flip", "scale"]
     usual_weights = "shapes" if args.backbone == "tiny" else "imagenet"
     usual_sets = []  # the sets to score on without --eval
-    if small:
+    if flags.is_shapes(args.data):
         usual_sets = ["shapes-test"]
     elif args.data == "DUTS-TR":
         usual_sets = PAPER_SETS
@@ -161,6 +167,12 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         pixels=args.pixels or ("f3net" if args.released else "imagenet"),  # mean and std (D8)
         eval=flags.evaluation_sets(args, usual_sets),
     )
+
+
+# Flags that describe a trained network, and flags that are those of its training unless given.
+FIXED = ["backbone", "pixels", "borders", "released", "attention", "fusion", "outputs", "vgg_taps"]
+FIXED += ["bn"]
+FREE = ["size"]
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -647,8 +659,7 @@ def open_checkpoint(path: Path, args: argparse.Namespace) -> tuple[argparse.Name
     else:
         runtime.check_checkpoint(saved, path, METHOD)
         state = saved["model"]
-        fixed = "backbone pixels borders released attention fusion outputs vgg_taps bn data".split()
-        args = flags.saved_flags(build_parser(), args, saved, path, fixed, free=["size"])
+        args = flags.saved_flags(build_parser(), args, saved, path, [*FIXED, "data"], FREE)
         args = flags.replaced(args, out=flags.out_of(args, path, METHOD))
     args = complete(args)
     net = make_net(args, "none")
@@ -665,8 +676,7 @@ def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predic
     path = flags.checkpoint_of(args, METHOD, "last.pt")
     args, net = open_checkpoint(path, flags.replaced(args, eval=[]))
     settings = flags.settle(args, METHOD, quiet=True)
-    logit = partial(saliency_logit, settings.place(net), amp=settings.amp)
-    return harness.Predictor(logit, settings)
+    return harness.Predictor(saliency_logit, net, settings)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -692,12 +702,20 @@ def main(argv: list[str] | None = None) -> None:
         use(args)
         return
 
+    # Training may start from a network of an earlier run.
+    init = None
+    if args.init:
+        like, init = open_checkpoint(
+            flags.named_checkpoint(args.init, METHOD), flags.replaced(args, eval=[])
+        )
+        args = flags.taken_from(like, args, [*FIXED, *FREE])
+
     args = complete(args)
-    flags.show_preset(args, SHAPES)
+    flags.show_preset(args, PRESETS)
     settings = flags.settle(args, METHOD)
     claim(settings, {".": args.stage1})
     torch.manual_seed(args.seed)
-    net = settings.place(make_net(args, args.backbone_weights), channels_last=True)
+    net = settings.place(init or make_net(args, args.backbone_weights))
     train(net, settings, args.stage1, args.losses, args.region, args.augment)
     evaluate(net, settings)
     harness.gallery(["pred/{}"], settings)

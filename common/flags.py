@@ -1,10 +1,11 @@
 """Flags that all scripts share, and the settings that they become.
 
-    add_flags(parser, PAPER, SHAPES)                   # spelt once: they mean the same everywhere
-    args = completed(args, PAPER)                      # a value for every flag; args stay unchanged
+    add_flags(parser, PRESETS)                         # spelt once: they mean the same everywhere
+    args = completed(args, PRESETS)                    # a value for every flag; args stay unchanged
     settings = settle(args, "a2s")                     # device, processes, run folder; checked
 
-A preset is a dict of flags and, under the keys stage1, stage2, ..., a `Schedule` per stage.
+A preset is a dict of flags and, under the keys stage1, stage2, ..., a `Schedule` per stage; PRESETS
+are those of a script by name.
 """
 
 import argparse
@@ -64,10 +65,10 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def defaults(name: str, paper: dict, shapes: dict) -> str:
-    """'[paper 320, shapes 160]': the default of a flag, for its help.
+def defaults(name: str, presets: dict[str, dict]) -> str:
+    """'[paper 320, shapes 160, small 192]': the default of a flag in every preset, for its help.
 
-    epochs and lr are looked up in the schedules of the stages: '[paper 20 25, shapes 3 3]'.
+    epochs and lr are looked up in the schedules of the stages: '[paper 20 25, shapes 3 3, …]'.
     """
 
     def value(preset: dict) -> str:
@@ -76,11 +77,14 @@ def defaults(name: str, paper: dict, shapes: dict) -> str:
         schedules = [one for one in preset.values() if isinstance(one, Schedule)]
         return " ".join(f"{getattr(schedule, name):g}" for schedule in schedules)
 
-    return f"[paper {value(paper)}, shapes {value(shapes)}]"
+    return "[" + ", ".join(f"{of} {value(preset)}" for of, preset in presets.items()) + "]"
 
 
-def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> None:
-    """The flags that all scripts share, daily ones first; None stands for the preset's value."""
+def add_flags(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None:
+    """The flags that all scripts share, daily ones first; None stands for the preset's value.
+
+    presets: "paper", "shapes" for the built-in pictures, "small" for one's own photos.
+    """
     add = parser.add_argument_group("daily use").add_argument
     add(
         "--data",
@@ -101,16 +105,21 @@ def add_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> Non
     )
     add("--eval", nargs="+", metavar="SET", help="sets to score on, spelt like --data")
     add("--out", type=Path, metavar="DIR", help="run folder [runs/SCRIPT-DATA, and -seedN]")
+    text = (
+        "small: MobileNetV2, small pictures and few epochs, for your own photos on any computer; "
+    )
+    text += "whatever else is given holds [paper; shapes for built-in pictures]"
+    add("--preset", choices=[*presets], help=text)
     text = "continue from last.pt, which the run folder holds for every stage"
     add("--resume", action="store_true", help=text)
     text = "two steps of every epoch, two batches of everything else"
     add("--dry-run", action="store_true", help=text)
-    add_training_flags(parser, paper, shapes)
+    add_training_flags(parser, presets)
     add_output_flags(parser)
     parser.set_defaults(pairs=False)  # True: the networks see a photo and its modality
 
 
-def add_training_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dict) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None:
     """What decides on the result besides the method's own flags, and where it is computed."""
     add = parser.add_argument_group("training").add_argument
     for name, kind, text in (
@@ -119,12 +128,19 @@ def add_training_flags(parser: argparse.ArgumentParser, paper: dict, shapes: dic
         ("batch-size", positive, "over all processes"),
         ("size", positive, "the network sees size x size pixels"),
     ):
-        usual = defaults(name.replace("-", "_"), paper, shapes)
+        usual = defaults(name.replace("-", "_"), presets)
         add(f"--{name}", type=kind, metavar="N", help=f"{text} {usual}")
     add("--seed", type=seed, default=0, help="of all random numbers [0]")
+    add(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="a checkpoint whose stage starts from its weights and network flags (fine-tuning); "
+        "photos: the one that comes with the project",
+    )
 
     add = parser.add_argument_group("backbone").add_argument
-    usual = defaults("backbone", paper, shapes)
+    usual = defaults("backbone", presets)
     add("--backbone", choices=BACKBONES, help=f"the pretrained encoder {usual}")
     text = "moco800, moco200, imagenet, none, or a file [the paper's]"
     add("--backbone-weights", metavar="W", help=text)
@@ -173,13 +189,15 @@ def replaced(args: argparse.Namespace, **changes) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **changes})
 
 
-def completed(args: argparse.Namespace, preset: dict) -> argparse.Namespace:
-    """A copy of the flags in which every None is replaced by the preset's value.
+def completed(args: argparse.Namespace, presets: dict[str, dict]) -> argparse.Namespace:
+    """A copy of the flags in which every None is replaced by the value of the preset.
 
-    A `Schedule` of the preset (key "stage1", ...) takes --epochs and --lr where they are given.
+    That is --preset, else "shapes" for built-in pictures and "paper" for others. A `Schedule` of
+    it (key "stage1", ...) takes --epochs and --lr where they are given.
     """
-    changes = {}
-    for name, value in preset.items():
+    preset = args.preset or ("shapes" if is_shapes(args.data) else "paper")
+    changes = {"preset": preset}
+    for name, value in presets[preset].items():
         if isinstance(value, Schedule):
             changes[name] = Schedule(args.epochs or value.epochs, args.lr or value.lr)
         elif getattr(args, name) is None:
@@ -213,16 +231,16 @@ def present(names: Sequence[str], root: str) -> list[str]:
     return found
 
 
-def show_preset(args: argparse.Namespace, preset: dict) -> None:
-    """Print the small preset, where it is used to train."""
-    if is_shapes(args.data):
+def show_preset(args: argparse.Namespace, presets: dict[str, dict]) -> None:
+    """Print what the preset and the flags have made of its values, unless it is the paper's."""
+    if args.preset != "paper":
         shown = []
-        for name in preset:
+        for name in presets[args.preset]:
             value = getattr(args, name)
             if isinstance(value, Schedule):
                 value = f"{value.epochs} epochs at rate {value.lr:g}"
             shown.append(f"{name} {value}")
-        say("preset for shapes: " + ", ".join(shown))
+        say(f"preset {args.preset}: " + ", ".join(shown))
 
 
 def could_be(action: argparse.Action, value: object) -> bool:
@@ -398,27 +416,42 @@ def checkpoint_of(args: argparse.Namespace, method: str, own: str) -> Path:
     that comes with the project); else of the run that --data or --out name; else, for --predict and
     --explain, the one that comes with the project. Raises `UserError` if that does not exist.
     """
-    # What --weights names: a file, or the network that comes with the project.
-    asked = str(args.weights) == "photos" and not args.weights.exists()
-    if args.weights and not asked:
-        return args.weights
+    if args.weights:
+        return named_checkpoint(args.weights, method)
 
     # Without --weights the run's own, unless no run is named and a network comes with the project.
     shipped = NETWORKS / f"{method}.pt"
-    if not asked:
-        of_run = run_folder(args, method) / own
-        named = (args.out is not None and of_run.exists()) or args.data != "shapes"
-        photos = args.predict or args.explain
-        if named or not photos or not shipped.exists():
-            return of_run
-        note = f"; --weights {of_run} is your own" if of_run.exists() else ""
-        say(f"using the network that comes with the project, {shipped}{note}", error=True)
-    elif not shipped.exists():
+    of_run = run_folder(args, method) / own
+    named = (args.out is not None and of_run.exists()) or args.data != "shapes"
+    photos = args.predict or args.explain
+    if named or not photos or not shipped.exists():
+        return of_run
+    note = f"; --weights {of_run} is your own" if of_run.exists() else ""
+    say(f"using the network that comes with the project, {shipped}{note}", error=True)
+    return shipped
+
+
+def named_checkpoint(file: Path, method: str) -> Path:
+    """What --weights or --init names: a file, or by "photos" the network of the project.
+
+    Raises `UserError` if no network of this method comes with the project.
+    """
+    shipped = NETWORKS / f"{method}.pt"
+    if str(file) != "photos" or file.exists():
+        return file
+    if not shipped.exists():
         raise UserError(
-            f"--weights photos: no network of this method comes with the project ({shipped}); "
-            f"train one, or use one of {', '.join(path.stem for path in NETWORKS.glob('*.pt'))}"
+            f"photos: no network of this method comes with the project ({shipped}); train one, or "
+            f"use one of {', '.join(path.stem for path in NETWORKS.glob('*.pt'))}"
         )
     return shipped
+
+
+def taken_from(
+    other: argparse.Namespace, args: argparse.Namespace, names: Sequence[str]
+) -> argparse.Namespace:
+    """A copy of the flags in which those called `names` are those of `other`."""
+    return replaced(args, **{name: getattr(other, name) for name in names})
 
 
 def out_of(args: argparse.Namespace, path: Path, method: str, stages: Sequence[str] = ()) -> Path:

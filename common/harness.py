@@ -12,13 +12,14 @@ on the device to saliency logits [B, 1, S, S].
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
@@ -316,8 +317,10 @@ VIEWS = {"": lambda image, pred: pred, "_cutout": cutout, "_overlay": overlaid}
 class Predictor:
     """A trained network as a function: a Pillow photo in, its saliency map (mode "L") out."""
 
-    def __init__(self, forward: Forward, settings: Settings):
-        self.forward = forward
+    def __init__(self, logit: Callable, net: nn.Module, settings: Settings):
+        """logit(net, images, amp=…): the network's saliency logits, as for `evaluate`."""
+        self.net = settings.place(net)
+        self.forward = partial(logit, self.net, amp=settings.amp)
         self.settings = settings
 
     @torch.inference_mode()

@@ -41,7 +41,7 @@ from common.runtime import UserError, say
 FREE = {
     "out", "data_root", "device", "compile", "deterministic", "eval", "watch", "resume",
     "overwrite", "weights", "stage", "predict", "explain", "cutout", "overlay", "skip_existing",
-    "crf", "base", "photos", "test_maps", "words",
+    "crf", "preset", "base", "photos", "test_maps", "words",
 }  # fmt: skip
 
 
@@ -214,10 +214,7 @@ class Run:
         minutes = seconds * self.steps * (self.last - self.done) / 60
         if minutes >= 10:
             span = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
-            say(
-                f"{self.name} will take about {span} at these settings; a smaller --size, fewer "
-                "--epochs or a smaller --backbone (mobilenet_v2, tiny) take less"
-            )
+            say(f"{self.name} will take about {span} at these settings; --preset small takes less")
 
     @property
     def mine(self) -> slice:

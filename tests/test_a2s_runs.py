@@ -51,8 +51,8 @@ def test_help_works_offline_and_names_every_group_and_default():
     for group in ("daily use", "method", "training", "backbone", "runtime", "output"):
         assert f"\n{group}:" in done.stdout
     text = " ".join(done.stdout.split())
-    assert "[paper 20 25, shapes 3 3]" in text and "[paper 1 0.005, shapes 1 0.01]" in text
-    assert "[paper resnet50, shapes tiny]" in text and "examples:" in text
+    assert "[paper 20 25, shapes 3 3, small 3 9]" in text
+    assert "[paper resnet50, shapes tiny, small mobilenet_v2]" in text and "examples:" in text
 
 
 def test_both_stages_then_eval_and_predict(flags, tmp_path, lists):
@@ -164,6 +164,15 @@ def test_every_flag_of_stage_2_changes_the_result(base, tmp_path, only_training)
         if same(last(base[0], 2), run_stage_2(base, tmp_path / str(i), *extra)):
             unchanged.append(extra)
     assert not unchanged
+
+
+def test_init_starts_one_stage_from_a_network(base, tmp_path, only_training):
+    init = ("--init", str(base[0] / "stage2" / "last.pt"))
+    saved = run_stage_2(base, tmp_path / "run", *init, "--lr", "1e-12", "--epochs", "1")
+    for key, value in last(base[0], 2)["model"].items():
+        torch.testing.assert_close(saved["model"][key], value)
+    flags = [*base[1], *init, "--stage", "1", "--out", str(tmp_path / "other")]
+    assert "is of stage 2, which is not trained here" in refused(a2s.main, *flags)
 
 
 def test_labels_change_in_the_same_share_of_a_short_run(base, tmp_path, only_training):

@@ -75,8 +75,8 @@ def test_help_names_every_group_and_default(capsys):
     for group in ("daily use", "method", "training", "backbone", "runtime", "output"):
         assert f"\n{group}:" in text
     text = " ".join(text.split())
-    assert "[paper 100, shapes 7]" in text and "[paper 352, shapes 160]" in text
-    assert "[paper resnet50, shapes tiny]" in text and "examples:" in text
+    assert "[paper 100, shapes 7, small 12]" in text
+    assert "[paper resnet50, shapes tiny, small mobilenet_v2]" in text and "examples:" in text
 
 
 def test_train_then_eval_and_predict(small, tmp_path, capsys):
@@ -170,6 +170,35 @@ def test_every_flag_changes_the_result(base, small, tmp_path, only_training):
         if same(last(base), last(tmp_path / str(i))):
             unchanged.append(extra)
     assert len(variants) == 18 and not unchanged
+
+
+def test_init_starts_from_a_network_and_its_flags(base, small, tmp_path, only_training):
+    """At a rate of nearly 0 the weights stay where they were, also under another --data."""
+    start = last(base)["model"]
+    for init in (base / "last.pt", tmp_path / "run" / "last.pt"):
+        flags = ["--data", small[1], "--eval", small[3], "--size", 64, "--batch-size", 4]
+        flags += ["--epochs", 1, "--lr", 1e-12, "--augment", "--device", "cpu"]
+        main(*flags, "--init", init, "--out", tmp_path / "run", "--overwrite")
+        found = last(tmp_path / "run")["model"]
+        for key, value in start.items():
+            if "running" not in key and "tracked" not in key:
+                torch.testing.assert_close(found[key], value)
+    assert last(tmp_path / "run")["args"]["backbone"] == "tiny"
+
+
+def test_init_takes_the_network_flags_of_the_checkpoint(base, small, tmp_path, only_training):
+    photos = tmp_path / "photos"
+    for i in range(4):
+        write_photo(photos / "images" / f"{i}.png", 70, 70, seed=i)
+        mask = np.zeros((70, 70), np.uint8)
+        mask[20:50, 10:40] = 255
+        (photos / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(photos / "masks" / f"{i}.png")
+    flags = ["--data", photos, "--epochs", 1, "--batch-size", 2, "--device", "cpu"]
+    main(*flags, "--init", base / "last.pt", "--out", tmp_path / "run")
+    saved = last(tmp_path / "run")["args"]
+    assert (saved["backbone"], saved["size"], saved["preset"]) == ("tiny", 64, "paper")
+    assert "there is no file" in refused(class_net.main, *flags, "--init", tmp_path / "none.pt")
 
 
 # ---- Interruption --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import write_photo
 from PIL import Image
+from torch import nn
 
 from common import harness
 from common.crf import dense_crf
@@ -117,7 +118,8 @@ def test_overlay_by_hand():
 
 
 def test_a_predictor_takes_any_kind_of_photo():
-    sod = harness.Predictor(brightness, settings(Path("."), []))
+    given = settings(Path("."), [], amp="off")
+    sod = harness.Predictor(lambda net, images, amp: brightness(net(images)), nn.Identity(), given)
     grey = Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20))
     for photo in (grey, grey.convert("RGB"), grey.convert("RGBA"), grey.convert("P")):
         saliency = sod(photo)
@@ -126,7 +128,7 @@ def test_a_predictor_takes_any_kind_of_photo():
 
 
 def test_the_crf_of_predictions_keeps_a_thin_object_of_nearly_the_same_colour():
-    """A line of three pixels, 15 grey levels lighter than the rest: srgb 13 and compat 10 erase it."""
+    """A line of three pixels, 15 grey levels lighter: srgb 13 and compat 10 erase it."""
     random = torch.Generator().manual_seed(0)
     photo = torch.randint(95, 105, (3, 40, 60), generator=random, dtype=torch.uint8)
     photo[:, 19:22] += 15

@@ -41,23 +41,38 @@ def test_an_epoch_reaches_a_milestone_at_the_same_share_of_any_run():
     assert first == {1: None, 2: None, 4: 4, 20: 16, 40: 31}
 
 
+PRESETS = {
+    "paper": {"stage1": Schedule(20, 1.0), "stage2": Schedule(25, 0.005), "size": 320},
+    "shapes": {"stage1": Schedule(3, 1.0), "stage2": Schedule(4, 0.01), "size": 160},
+    "small": {"stage1": Schedule(5, 1.0), "stage2": Schedule(9, 0.02), "size": 96},
+}
+
+
 def test_flags_are_completed_without_being_changed():
     parser = class_net.build_parser()
     args = parser.parse_args("--data photos --epochs 3".split())
     before = dict(vars(args))
-    preset = {"stage1": Schedule(20, 0.1), "stage2": Schedule(10, 0.2), "size": 320}
-    full = flags.completed(args, preset)
-    assert (full.stage1, full.stage2, full.size) == (Schedule(3, 0.1), Schedule(3, 0.2), 320)
-    assert flags.completed(parser.parse_args(["--size", "96"]), preset).size == 96
+    full = flags.completed(args, PRESETS)
+    assert (full.stage1, full.stage2, full.size) == (Schedule(3, 1.0), Schedule(3, 0.005), 320)
+    assert flags.completed(parser.parse_args(["--size", "64"]), PRESETS).size == 64
     assert vars(args) == before
 
 
-def test_help_shows_both_defaults():
-    paper = {"stage1": Schedule(20, 1.0), "stage2": Schedule(25, 0.005), "size": 320}
-    shapes = {"stage1": Schedule(3, 1.0), "stage2": Schedule(3, 0.01), "size": 160}
-    assert flags.defaults("lr", paper, shapes) == "[paper 1 0.005, shapes 1 0.01]"
-    assert flags.defaults("epochs", paper, shapes) == "[paper 20 25, shapes 3 3]"
-    assert flags.defaults("size", paper, shapes) == "[paper 320, shapes 160]"
+def test_the_preset_is_the_papers_unless_shapes_are_drawn_or_another_is_asked_for(capsys):
+    parser = class_net.build_parser()
+    for text, size in (("--data photos", 320), ("", 160), ("--data photos --preset small", 96)):
+        args = flags.completed(parser.parse_args(text.split()), PRESETS)
+        assert args.size == size
+        flags.show_preset(args, PRESETS)
+    shapes, small = capsys.readouterr().out.strip().split("\n")
+    assert shapes.startswith("preset shapes: stage1 3 epochs at rate 1, ")
+    assert small == "preset small: stage1 5 epochs at rate 1, stage2 9 epochs at rate 0.02, size 96"
+
+
+def test_help_shows_the_defaults_of_all_presets():
+    assert flags.defaults("lr", PRESETS) == "[paper 1 0.005, shapes 1 0.01, small 1 0.02]"
+    assert flags.defaults("epochs", PRESETS) == "[paper 20 25, shapes 3 4, small 5 9]"
+    assert flags.defaults("size", PRESETS) == "[paper 320, shapes 160, small 96]"
 
 
 def test_a_sweep_over_seeds_keeps_its_runs():
