@@ -50,7 +50,7 @@ from common import flags, harness, runtime
 from common.backbones import backbone
 from common.bank import Bank, MapBank
 from common.crf import dense_crf, hard_unary, median_filter
-from common.datasets import load_mask, open_set
+from common.datasets import load_mask
 from common.explain import one_photo, outputs_of, panels, stretched
 from common.flags import Schedule, Settings
 from common.published import a2s_state
@@ -66,6 +66,7 @@ PAPER = {  # sxy and srgb: reach and tolerance of the CRF in Eq. 6
     "backbone": "resnet50",
     "sxy": 50.0,
     "srgb": 5.0,
+    "rectify": "olr",
 }
 SHAPES = {  # built-in pictures, in minutes
     "stage1": Schedule(epochs=3, lr=1.0),
@@ -75,6 +76,7 @@ SHAPES = {  # built-in pictures, in minutes
     "backbone": "tiny",
     "sxy": 100.0,
     "srgb": 20.0,
+    "rectify": "olr",
 }
 SMALL = {  # your own photos, in a quarter of an hour for 500
     "stage1": Schedule(epochs=3, lr=1.0),
@@ -84,6 +86,7 @@ SMALL = {  # your own photos, in a quarter of an hour for 500
     "backbone": "mobilenet_v2",
     "sxy": 50.0,
     "srgb": 5.0,
+    "rectify": "off",  # OLR needs a detector that is better than its labels
 }
 PRESETS = {"paper": PAPER, "shapes": SHAPES, "small": SMALL}
 PAPER_SETS = ["ECSSD", "MSRA-B-test", "DUT-OMRON", "PASCAL-S", "DUTS-TE", "HKU-IS"]  # Table II
@@ -136,8 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--rectify",
         choices=("olr", "hma", "off"),
-        default="olr",
-        help="how stage 2 corrects its labels, Table VIII [olr]",
+        help="how stage 2 corrects its labels, Table VIII [olr, small: off]",
     )
     add("--lam", type=float, default=0.4, help="lambda of Eq. 14 [0.4]")
     return parser
@@ -507,7 +509,7 @@ def train_activation(
     alpha: Eq. 4. aux: loss weights of F3, F4, F5. drop: share of pixels left out of the loss.
     """
     # The photos, without their masks; and the run, which resumes, logs and writes last.pt.
-    photos = open_set(settings.data, settings.data_root, masks=False)
+    photos = settings.training_set(masks=False)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage1")
     optimiser = make_optimiser(net, encoder_share=1.0)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
@@ -560,7 +562,7 @@ def train_detector(
     rectify: olr, hma or off. lam: lambda of Eq. 14.
     """
     # The photos, their labels from stage 1, and the run, which resumes, logs and writes last.pt.
-    photos = open_set(settings.data, settings.data_root, masks=False)
+    photos = settings.training_set(masks=False)
     labels = read_labels(photos.names, settings)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage2")
     optimiser = make_optimiser(net, encoder_share=0.1)
@@ -628,17 +630,15 @@ def keep_mask(theta: Tensor, drop: float, world: World, random: torch.Generator)
 def study_thresholds(net: ActivationNet, bank: Bank, settings: Settings) -> None:
     """Table I: print V (Eq. 2) of each threshold on M stretched to [0, 1], before training."""
     net.eval()
-    batch = settings.batch_size
-    count = min(2 * batch, len(bank)) if settings.dry_run else len(bank)
     v = dict.fromkeys(THRESHOLDS, 0.0)
-    for index in torch.arange(count).split(batch):
+    for index in torch.arange(len(bank)).split(settings.batch_size):
         # M of every photo, stretched to [0, 1] so that photos count equally.
         f = net.features(bank.images(index))[0]
         m = f.float().sum(1, keepdim=True)  # M [B, 1, H/2, W/2]
         m = m - m.amin((2, 3), keepdim=True)
         m = m / m.amax((2, 3), keepdim=True).clamp(min=1e-12)
         for name, threshold in THRESHOLDS.items():
-            v[name] += between_variance(m, threshold(m)).sum().item() / count
+            v[name] += between_variance(m, threshold(m)).sum().item() / len(bank)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in v.items())
     say(f"V of M before training (Table I): {shown}")
 
@@ -684,7 +684,7 @@ def make_labels(
 
     own_size: make each label at its photo's own size instead of --size pixels (D3).
     """
-    photos = open_set(settings.data, settings.data_root, masks=False)
+    photos = settings.training_set(masks=False)
     for samples, images in harness.batches_of(photos, settings, "pseudo labels"):
         # Labels [H, W] of the photo's size: 0 or 1, or in between where a label was enlarged.
         labels = []
@@ -707,13 +707,10 @@ def make_labels(
 def read_labels(names: list[str], settings: Settings) -> MapBank:
     """The label bank of stage 2, with 8 bits per pixel (D9), from the files of stage 1.
 
-    Raises `UserError` if one is missing. After a --dry-run of stage 1 only a few labels exist, and
-    any of them serves.
+    Raises `UserError` if one is missing.
     """
     folder = settings.out / "pseudo"
     paths = [folder / f"{name}.png" for name in names]
-    if settings.dry_run:
-        paths = [p if p.exists() else next(folder.glob("**/*.png"), p) for p in paths]
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise UserError(

@@ -47,7 +47,6 @@ from torch import Tensor, nn
 from common import flags, harness, runtime
 from common.backbones import backbone
 from common.bank import Bank, crop, draw_crops
-from common.datasets import open_set
 from common.explain import one_photo, outputs_of, panels, stretched
 from common.flags import Schedule, Settings
 from common.published import class_state
@@ -529,7 +528,7 @@ def train(
     losses, region: see `supervise`. augmentations: any of flip, scale, crop.
     """
     # What cannot be trained on is refused before anything is trained.
-    photos = open_set(settings.data, settings.data_root)
+    photos = settings.training_set()
     least = scaled(settings.size, SCALES[0]) if "scale" in augmentations else settings.size
     require_batch(net, settings, len(photos), least)
     bank = Bank(photos, settings.size, settings.device, settings.out, parts=("image", "mask"))

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from common import runtime
 from common.backbones import BACKBONES, PIXELS
-from common.datasets import MissingSet, open_set
+from common.datasets import MissingSet, View, open_set
 from common.runtime import UserError, World, say
 from data.registry import SHAPES
 
@@ -112,7 +113,7 @@ def add_flags(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None
     add("--preset", choices=[*presets], help=text)
     text = "continue from last.pt, which the run folder holds for every stage"
     add("--resume", action="store_true", help=text)
-    text = "two steps of every epoch, two batches of everything else"
+    text = "try everything on two batches of every set"
     add("--dry-run", action="store_true", help=text)
     add_training_flags(parser, presets)
     add_output_flags(parser)
@@ -320,6 +321,15 @@ class Settings:
     crf: bool
     cutout: bool
     flags: dict = field(repr=False)  # all flags as plain values, for args.json and checkpoints
+
+    def training_set(self, masks: bool = True) -> Dataset:
+        """The pictures of --data; with --dry-run two batches of them, from all parts of the set."""
+        photos = open_set(self.data, self.data_root, masks)
+        count = 2 * self.batch_size
+        if not self.dry_run or len(photos) <= count:
+            return photos
+        chosen = [len(photos) * i // count for i in range(count)]
+        return View([(photos, i, photos.names[i]) for i in chosen], photos.title)
 
     def place(self, net: nn.Module, channels_last: bool = True) -> nn.Module:
         """The network on the device, compiled if --compile asks for it.

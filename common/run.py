@@ -24,7 +24,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -167,7 +166,7 @@ class Run:
             yield epoch
 
     def batches(self, flips: str = "anew") -> Iterator[tuple[Tensor, Tensor]]:
-        """(index [b], flip [b]) of every step of this epoch; two steps with --dry-run.
+        """(index [b], flip [b]) of every step of this epoch.
 
         index: numbers of samples of the bank, int64 on the CPU. flip: bool, see `bank.batches`.
         Before each step `self.time` is the number of epochs done, a fraction, and `self.step` that
@@ -178,18 +177,16 @@ class Run:
         world = self.world
 
         # The samples of this epoch in their order, whole batches only.
-        order, self.batch = epoch_order(
+        self.order, self.batch = epoch_order(
             len(self.bank), settings.batch_size, settings.seed, self.epoch, world
         )
-        self.steps = len(order) // self.batch
-        todo = min(2, self.steps) if settings.dry_run else self.steps
-        drawn = batches(order, self.batch, settings.seed, self.epoch, world, flips)
-        self.order = order[: todo * self.batch]  # the samples that this epoch really sees
+        self.steps = len(self.order) // self.batch
+        drawn = batches(self.order, self.batch, settings.seed, self.epoch, world, flips)
 
         # Hand out one step after the other; the first six of a run tell how long it will take.
         self.sums = {}
         start = time.time()
-        steps = runtime.progress(islice(drawn, todo), f"{self.name} epoch {self.epoch}", todo)
+        steps = runtime.progress(drawn, f"{self.name} epoch {self.epoch}", self.steps)
         for done, (index, flip) in enumerate(steps):
             self.time = self.epoch - 1 + done / self.steps
             self.step = (self.epoch - 1) * self.steps + done
@@ -200,7 +197,7 @@ class Run:
         # The means over all steps and processes.
         self.means = {}
         for name, total in self.sums.items():
-            self.means[name] = sum(world.gather(float(total) / todo)) / world.size
+            self.means[name] = sum(world.gather(float(total) / self.steps)) / world.size
         self.seconds = time.time() - start
         if not math.isfinite(self.means["loss"]):
             raise UserError(
