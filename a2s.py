@@ -80,7 +80,7 @@ SHAPES = {  # built-in pictures, in minutes
 }
 SMALL = {  # your own photos, in a quarter of an hour for 500
     "stage1": Schedule(epochs=3, lr=1.0),
-    "stage2": Schedule(epochs=9, lr=0.01),
+    "stage2": Schedule(epochs=9, lr=0.005),
     "batch_size": 8,
     "size": 160,
     "backbone": "mobilenet_v2",

@@ -43,7 +43,7 @@ def main() -> None:
     table(args, page, "a2s_photos", "a2s.py", stage_1, STAGE_1, OF_STAGE_1)
 
     labels = share_labels(args, "a2s_photos/A3, the paper's")
-    stage_2 = f"{flags} --stage 2 --epochs 24 --lr 0.01"
+    stage_2 = f"{flags} --stage 2 --epochs 12"
     table(args, page, "a2s_stage2", "a2s.py", stage_2, STAGE_2, OF_STAGE_2, labels)
 
 
