@@ -461,6 +461,7 @@ def detector_loss(y: Tensor, g: Tensor) -> Tensor:
 # ---- Training ------------------------------------------------------------------------------------
 def make_net(stage: int, args: argparse.Namespace, weights: str | None) -> nn.Module:
     """The network of a stage as the flags describe it, on the CPU; `weights` as for `backbone`."""
+    # With statistics of the batch every process has those of its own share (D12).
     stored = args.bn == "stored"
     encoder = backbone(
         args.backbone, weights, args.pixels, stored, keep_fc=args.released, borders=args.borders
@@ -834,7 +835,8 @@ def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predic
     args, stage, net = open_checkpoint(path, flags.replaced(args, eval=[]))
     settings = flags.settle(args, METHOD, quiet=True)
     logit = activation_logit if stage == 1 else detector_logit
-    return harness.Predictor(logit, net, settings)
+    net = settings.place(net)
+    return harness.Predictor(partial(logit, net, amp=settings.amp), net, settings)
 
 
 # ---- Main ----------------------------------------------------------------------------------------

@@ -336,7 +336,10 @@ class CLASSNet(nn.Module):
             self.heads[level] = nn.Conv2d(WIDTH, 1, 3, padding=1)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] in [0, 1] -> logits [B, 1, H, W] of D_2 (the map), D_3, D_4, D_5."""
+        """[B, 3, H, W] in [0, 1] -> logits [B, 1, H, W] of D_2 (the map), D_3, D_4, D_5.
+
+        H and W may differ, unlike in the authors' code (D9).
+        """
         # The encoder's maps. As in the authors' code, E_5 gets the mean of each channel added.
         _, e2, e3, e4, e5 = self.encoder(image)
         e5 = e5 + e5.mean((2, 3), keepdim=True)
@@ -468,7 +471,10 @@ def make_net(args: argparse.Namespace, weights: str) -> CLASSNet:
 
 
 def rate(epoch: int, schedule: Schedule) -> float:
-    """Learning rate of an epoch (from 1): linear from near 0 to schedule.lr and back to near 0."""
+    """Learning rate of an epoch (from 1): linear from near 0 to schedule.lr and back to near 0.
+
+    That it changes once per epoch is F3Net's habit; paper and code do not say (D10).
+    """
     place = 2 * epoch / (schedule.epochs + 1) - 1  # from -1 to 1
     return schedule.lr * (1 - abs(place))
 
@@ -534,7 +540,8 @@ def train(
     bank = Bank(photos, settings.size, settings.device, settings.out, parts=("image", "mask"))
     require_masks(bank, settings.data)
 
-    # The run resumes, logs and writes last.pt; a picture shows the progress after each epoch.
+    # The run resumes, logs and writes last.pt; a picture shows the progress after each epoch. Of
+    # several processes each has BatchNorm's statistics of its own photos (D14).
     optimiser = make_optimiser(net)
     run = Run(settings, 1, bank, net, optimiser, schedule)
     logit = partial(saliency_logit, net, amp=settings.amp)
@@ -597,7 +604,10 @@ def require_masks(bank: Bank, data: str) -> None:
 # ---- Evaluation and prediction -------------------------------------------------------------------
 @torch.no_grad()
 def saliency_logit(net: CLASSNet, image: Tensor, amp: str) -> Tensor:
-    """The saliency logit, that of D_2, in eval mode. -> [B, 1, H, W]"""
+    """The saliency logit, that of D_2, in eval mode. -> [B, 1, H, W]
+
+    It is resized to the photo as a logit, before the sigmoid (D13).
+    """
     net.eval()
     with autocast(image.device, amp):
         d2 = net(image)[0]
@@ -675,7 +685,8 @@ def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predic
     path = flags.checkpoint_of(args, METHOD, "last.pt")
     args, net = open_checkpoint(path, flags.replaced(args, eval=[]))
     settings = flags.settle(args, METHOD, quiet=True)
-    return harness.Predictor(saliency_logit, net, settings)
+    net = settings.place(net)
+    return harness.Predictor(partial(saliency_logit, net, amp=settings.amp), net, settings)
 
 
 # ---- Main ----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ Usage
     python sdg_sod.py                                   # built-in shapes, no download, minutes
     python sdg_sod.py --data DUTS-TR --captions COCO-captions --encoder-weights FILE
     python sdg_sod.py --stage sod --data COCO-SOD --epochs 30 --encoder-weights FILE --out coco
-    python sdg_sod.py --data DUTS-TR --pretrained coco/sod/last.pt --out runs/sdg_sod-plus \
+    python sdg_sod.py --data DUTS-TR --init coco/sod/last.pt --out runs/sdg_sod-plus \
         --captioner runs/sdg_sod-DUTS-TR/caption/last.pt                           # ... SDG-SOD+
     python sdg_sod.py --stage guide --data DUTS-TR --captioner bicaptioning_R_50_L1_H2048.pth
     python sdg_sod.py --weights runs/sdg_sod-DUTS-TR/guide/last.pt --predict photo.jpg --words
@@ -108,6 +108,23 @@ SHAPES = {
     "attn_row": "predict",
     "captions": None,  # those of --data
 }
+SMALL = {  # your own photos with masks and captions; --encoder-weights gives mit_b0's
+    "stage_sod": Schedule(epochs=20, lr=2e-4),
+    "stage_caption": Schedule(epochs=10, lr=5e-4),
+    "stage_control": Schedule(epochs=6, lr=1e-4),
+    "stage_guide": Schedule(epochs=6, lr=1e-4),
+    "batch_size": 8,
+    "size": 160,
+    "encoder": "mit_b0",
+    "backbone": "mobilenet_v2",
+    "hidden": 256,
+    "taps": 1,
+    "freeze": True,
+    "beam": 5,
+    "attn_row": "predict",
+    "captions": None,  # those of --data
+}
+PRESETS = {"paper": PAPER, "shapes": SHAPES, "small": SMALL}
 TABLE_1 = ["DUTS-TE", "ECSSD", "DUT-OMRON", "HKU-IS", "PASCAL-S"]
 PAPER_SETS = [*TABLE_1, "COCO-captions-val"]  # the last one for the captioner
 GRID = 224  # the captioner's input, whose deepest map has 7 x 7 cells
@@ -136,7 +153,7 @@ MIT = {
 
 # ---- Config --------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
-    """All flags. A default of None is the paper's value, or the small preset's on shapes."""
+    """All flags. A default of None is the value of the preset."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -145,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  python sdg_sod.py --out runs/mine --predict photo.jpg --words\n"
         "The docstring of this file explains the method, docs/sdg_sod.md D1 to D12.",
     )
-    flags.add_flags(parser, PAPER, SHAPES)
+    flags.add_flags(parser, PRESETS)
     add = parser.add_argument_group("method").add_argument
     add("--stage", choices=STAGES, help="one stage only [all of them]")
     add("--released", action="store_true", help="the code of F3Net and VirTex")
@@ -157,10 +174,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_saliency_flags(add: Callable) -> None:
     """The saliency branch: its network, its start and its loss."""
-    usual = flags.defaults("encoder", PAPER, SHAPES)
+    usual = flags.defaults("encoder", PRESETS)
     add("--encoder", choices=MIT, help=f"of the saliency branch, Table 2 {usual}")
     add("--encoder-weights", metavar="FILE", help="MiT's weights, or none")
-    add("--pretrained", metavar="FILE", help="checkpoint to start stage sod from")
     decoders = ("mlp", "literal", *RIVALS)
     add("--decoder", choices=decoders, default="mlp", help="Table 4 and D2 [mlp]")
     add("--width", type=flags.positive, help="channels of the decoder [see D2]")
@@ -195,13 +211,13 @@ def add_guidance_flags(add: Callable) -> None:
 def add_captioner_flags(add: Callable) -> None:
     """The captioner: its photos, its network and its words."""
     add("--captions", metavar="SET", help="captioned photos [paper COCO-captions, shapes --data]")
-    usual = flags.defaults("taps", PAPER, SHAPES)
+    usual = flags.defaults("taps", PRESETS)
     text = f"how many of the CNN's deepest maps make the grid, see D6 {usual}"
     add("--taps", type=flags.positive, help=text)
     add("--plain-grid", action="store_true", help="do not standardise it, see D6")
     text = "the captioner's CNN keeps its weights [paper no, shapes yes]"
     add("--freeze", action=argparse.BooleanOptionalAction, help=text)
-    usual = flags.defaults("hidden", PAPER, SHAPES)
+    usual = flags.defaults("hidden", PRESETS)
     add("--hidden", type=flags.positive, help=f"width of the text decoder {usual}")
     add("--layers", type=flags.positive, default=1, help="of the text decoder [1]")
     add("--beam", type=flags.positive, help="captions tried at once; 1 is greedy [5]")
@@ -212,10 +228,9 @@ def add_captioner_flags(add: Callable) -> None:
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags with a value for each: the paper's, or the small preset's on shapes."""
-    small = flags.is_shapes(args.data)
-    args = flags.completed(args, SHAPES if small else PAPER)
-    wide = args.decoder in RIVALS and not small
+    """The flags with a value for each, that of the preset where none was given."""
+    args = flags.completed(args, PRESETS)
+    wide = args.decoder in RIVALS and args.preset == "paper"
     used = [3, 4] if args.decoder == "ann" else [1, 2, 3, 4]  # scales that the decoder sees
     args = flags.replaced(
         args,
@@ -799,7 +814,7 @@ def train_saliency(stage: str, net: SDGSOD, settings: Settings, args: argparse.N
     schedule = getattr(args, f"stage_{stage}")
 
     # The photos and masks, and the run, which resumes, logs and writes last.pt.
-    photos = open_set(settings.data, settings.data_root)
+    photos = settings.training_set()
     folder = settings.out / stage
     bank = Bank(photos, settings.size, settings.device, folder, parts=("image", "mask"))
     if not bank.has["mask"].all():
@@ -890,7 +905,7 @@ def train_captioner(
 
 def captioned_bank(spec: str, settings: Settings) -> tuple[Bank, list[list[str]]]:
     """The photos of a set at 224 x 224, and all captions of each of them."""
-    photos = captions.Collector(open_set(spec, settings.data_root, masks=False))
+    photos = captions.Collector(settings.training_set(masks=False, spec=spec))
     bank = Bank(photos, GRID, settings.device, settings.out / "caption")
     if not all(photos.captions):
         raise UserError(f"--captions {spec}: not every picture has a caption")
@@ -908,10 +923,8 @@ def own_maps(captioner: Captioner, bank: Bank, settings: Settings) -> Tensor:
     for index in progress(mine.split(settings.batch_size), "guidance"):
         with autocast(settings.device, settings.amp):
             parts.append(captioner.guidance(bank.images(index)).cpu())
-        if settings.dry_run and len(parts) == 2:
-            break
 
-    # Each process has described its share; after a dry run the others' maps stay 0.
+    # Each process has described its share.
     maps = torch.zeros(len(bank), *parts[0].shape[1:])
     for rank, part in enumerate(world.gather(torch.cat(parts))):
         maps[rank :: world.size][: len(part)] = part
@@ -1053,7 +1066,7 @@ def load_encoder(encoder: MiT, name: str, weights: str | None) -> None:
 
 
 def load_sod(flag: str, path: str | Path, args: argparse.Namespace) -> SDGSOD:
-    """The PVT-SOD in a checkpoint of stage sod, which the flag (--sod, --pretrained) names."""
+    """The PVT-SOD in a checkpoint of stage sod, which the flag (--sod, --init) names."""
     with naming(flag):
         saved = runtime.load_checkpoint(path, METHOD, "sod")
         other = []
@@ -1081,8 +1094,8 @@ def find(given: str | None, stage: str, settings: Settings) -> Path:
 
 def make_start(stage: str, args: argparse.Namespace, settings: Settings) -> SDGSOD:
     """The network of stage sod, control or guide, with the weights that the stage starts from."""
-    if stage == "sod" and args.pretrained:  # PVT-SOD alone, as Table 1 says, not all (D12)
-        return load_sod("pretrained", args.pretrained, args)
+    if stage == "sod" and args.init:  # PVT-SOD alone, as Table 1 says, not all (D12)
+        return load_sod("init", args.init, args)
     if stage == "sod":
         net = make_net(args)
         load_encoder(net.encoder, args.encoder, args.encoder_weights)
@@ -1366,7 +1379,7 @@ def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predic
         raise UserError(f"{path} is of stage caption, which makes no saliency maps")
     settings = flags.settle(args, METHOD, captions=True, quiet=True)
     net = settings.place(net, channels_last=False)
-    return harness.Predictor(prediction(net, args.test_maps, settings.amp), settings)
+    return harness.Predictor(prediction(net, args.test_maps, settings.amp), net, settings)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -1429,10 +1442,20 @@ def main(argv: list[str] | None = None) -> None:
         use(args)
         return
 
+    # Stage sod may start from a network of an earlier run, whose flags it then has.
+    if args.init:
+        with naming("init"):
+            path = flags.named_checkpoint(args.init, METHOD)
+            saved = runtime.load_checkpoint(path, METHOD, "sod")
+        network = ["encoder", "decoder", "width"]
+        args = flags.saved_flags(build_parser(), args, saved, path, network, free=[])
+
     args = complete(args)
-    flags.show_preset(args, SHAPES)
+    flags.show_preset(args, PRESETS)
     settings = flags.settle(args, METHOD, captions=True)
     stages = stages_to_train(args)
+    if args.init and "sod" not in stages:
+        raise UserError(f"--init {args.init} is of stage sod, which is not trained here")
     schedules = {stage: getattr(args, f"stage_{stage}") for stage in stages}
     check_start(stages, args, settings)
     claim(settings, schedules)

@@ -54,7 +54,7 @@ from common import flags, harness, runtime
 from common.backbones import PIXELS, Pyramid, backbone
 from common.bank import Bank, MapBank
 from common.crf import dense_crf, hard_unary, median_filter
-from common.datasets import load_mask, open_set
+from common.datasets import load_mask
 from common.explain import one_photo, panels, stretched
 from common.flags import Schedule, Settings
 from common.published import unified_state
@@ -71,6 +71,7 @@ PAPER = {
     "backbone": "resnet50",
     "sxy": 50.0,
     "srgb": 5.0,
+    "spr": None,  # see `complete`
 }
 SHAPES = {
     "stage1": Schedule(epochs=1, lr=0.1),
@@ -81,7 +82,20 @@ SHAPES = {
     "backbone": "tiny",
     "sxy": 100.0,
     "srgb": 20.0,
+    "spr": None,
 }
+SMALL = {  # your own photos; labels stay as they are, since SPR needs long epochs
+    "stage1": Schedule(epochs=3, lr=0.1),
+    "stage2": Schedule(epochs=9, lr=0.005),
+    "batch_size": 8,
+    "size": 160,
+    "width": 0.25,
+    "backbone": "mobilenet_v2",
+    "sxy": 50.0,
+    "srgb": 5.0,
+    "spr": [0, 0, 1],
+}
+PRESETS = {"paper": PAPER, "shapes": SHAPES, "small": SMALL}
 PAPER_SETS = {  # what Tables 1 to 5 evaluate, by training set
     "DUTS-TR": ["DUT-OMRON", "DUTS-TE", "ECSSD", "HKU-IS", "PASCAL-S"],
     "VT5000-TR": ["VT5000-TE", "VT1000", "VT821"],
@@ -100,7 +114,7 @@ TARGETS = {  # what --transfer trains on
 
 # ---- Config --------------------------------------------------------------------------------------
 def build_parser() -> argparse.ArgumentParser:
-    """All flags. A default of None is the paper's value, or the small preset's on shapes."""
+    """All flags. A default of None is the value of the preset."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  python unified_usod.py --data photos/ --predict new/   map others with that detector\n"
         "The docstring of this file explains the method, docs/unified_usod.md D1 to D14.",
     )
-    flags.add_flags(parser, PAPER, SHAPES)
+    flags.add_flags(parser, PRESETS)
     parser.set_defaults(data="shapes+shapes-depth+shapes-thermal", pairs=True)
     method = parser.add_argument_group("method")
     add = method.add_argument
@@ -124,16 +138,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gamma", type=float, default=0.05, help="weight of L_btm [0.05]")
     add("--multi-scale", choices=("on", "off"), default="on", help="use L_sc and L_ms [on]")
     add("--threshold", choices=("otsu", "fixed"), help="before the CRF; fixed: 0.5 [otsu]")
-    add("--sxy", type=float, help="CRF: reach in a photo of 320 pixels [paper 50, shapes 100]")
-    add("--srgb", type=float, help="CRF: tolerance in grey levels [paper 5, shapes 20]")
-    add("--width", type=float, help="share of the detector's channels [paper 1, shapes 0.125]")
+    add("--sxy", type=float, help="CRF: reach in a photo of 320 pixels [50; shapes 100]")
+    add("--srgb", type=float, help="CRF: tolerance in grey levels [5; shapes 20]")
+    add(
+        "--width", type=float, help="share of the detector's channels [1; shapes 0.125; small 0.25]"
+    )
     losses = ("iou", "bce", "iou+bce")
     add("--loss", choices=losses, default="iou", help="of stage 2's labels, Table 8 [iou]")
     three = {"type": float, "nargs": 3, "metavar": "W"}
     text = "loss weights of the heads of photo chain, modality chain, global map [0.2 0 0]"
     add("--aux", **three, default=[0.2, 0, 0], help=text)
     text = "SPR's weights of prior, posterior, previous label, Table 7; 0 0 1 corrects nothing "
-    usual = "[0.2 0.6 0.2; with --released: 0.1 0.7 0.2]"
+    usual = "[0.2 0.6 0.2; with --released: 0.1 0.7 0.2; small: 0 0 1]"
     add("--spr", **three, help=text + usual)
     text = "for stage 2, the pseudo labels of another run [<out>/pseudo]"
     add("--labels", type=Path, metavar="DIR", help=text)
@@ -141,9 +157,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags with a value for each: the paper's, or the small preset's on shapes."""
-    small = flags.is_shapes(args.data)
-    args = flags.completed(args, SHAPES if small else PAPER)
+    """The flags with a value for each, that of the preset where none was given."""
+    args = flags.completed(args, PRESETS)
     released = args.released
     spr = args.spr or ([0.1, 0.7, 0.2] if released else [0.2, 0.6, 0.2])  # code or paper (D5)
     if min(spr) < 0 or abs(sum(spr) - 1) > 1e-6:
@@ -155,7 +170,10 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     usual = []
     for part in args.data.split("+"):
         name = part.split("@")[0]
-        usual += [f"{name.removesuffix('-test')}-test"] if small else PAPER_SETS.get(name, [])
+        if flags.is_shapes(args.data):
+            usual.append(f"{name.removesuffix('-test')}-test")
+        else:
+            usual += PAPER_SETS.get(name, [])
 
     weights = args.backbone_weights
     if args.backbone == "resnet50" and weights is None:
@@ -176,7 +194,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
 
 
 # Flags that describe a trained network, and flags that are those of its training unless given.
-FIXED = ["backbone", "pixels", "borders", "sign", "width", "released", "data"]
+FIXED = ["backbone", "pixels", "borders", "sign", "width", "released"]
 FREE = ["size", "sxy", "srgb", "backbone_weights", "threshold", "bn"]
 
 
@@ -187,7 +205,10 @@ def retargeted(args: argparse.Namespace) -> argparse.Namespace:
     """
     base = flags.run_folder(args, METHOD)
     parser = build_parser()
-    kept = {1: (FIXED, FREE), 2: (["width"], [])}  # stage 1 has no use for the detector's width
+    kept = {
+        1: ([*FIXED, "data"], FREE),
+        2: (["width"], []),
+    }  # stage 1 has no use for the detector's width
     for stage, (fixed, free) in kept.items():
         path = base / f"stage{stage}" / "last.pt"
         if not path.exists():
@@ -675,7 +696,7 @@ def train_cues(net: CueExtractor, settings: Settings, args: argparse.Namespace) 
     two_scales = args.multi_scale == "on"
 
     # Photos and modalities, without masks; and the run, which resumes, logs and writes last.pt.
-    photos = open_set(settings.data, settings.data_root, masks=False)
+    photos = settings.training_set(masks=False)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage1", parts=PARTS)
     optimiser = make_optimiser(net, decay=5e-4)
     run = Run(settings, 1, bank, net, optimiser, schedule, folder="stage1")
@@ -721,7 +742,7 @@ def train_detector(net: Detector, settings: Settings, args: argparse.Namespace) 
     two_scales = args.multi_scale == "on"
 
     # The photos, their labels from stage 1, and the run, which resumes, logs and writes last.pt.
-    photos = open_set(settings.data, settings.data_root, masks=False)
+    photos = settings.training_set(masks=False)
     labels = read_labels(photos.names, label_folder(args, settings), settings)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage2", parts=PARTS)
     optimiser = make_optimiser(net, decay=0)
@@ -850,7 +871,7 @@ def refine(
 @torch.no_grad()
 def make_labels(net: CueExtractor, settings: Settings, to_label: ToLabel) -> None:
     """Write <out>/pseudo/<name>.png (0 or 255, the photo's size) for every training photo."""
-    photos = open_set(settings.data, settings.data_root, masks=False)
+    photos = settings.training_set(masks=False)
     for samples, pairs in harness.batches_of(photos, settings, "pseudo labels"):
         for sample, logit in zip(samples, label_logit(net, pairs, settings.amp, to_label)):
             label = harness.at_size(logit, sample)
@@ -864,14 +885,9 @@ def label_folder(args: argparse.Namespace, settings: Settings) -> Path:
     return args.labels or settings.out / "pseudo"
 
 
-def label_files(names: list[str], folder: Path, dry_run: bool) -> list[Path]:
-    """The files of the pseudo labels; raises `UserError` if one is missing.
-
-    After a --dry-run of stage 1 only a few labels exist: then any of them serves.
-    """
+def label_files(names: list[str], folder: Path) -> list[Path]:
+    """The files of the pseudo labels; raises `UserError` if one is missing."""
     paths = [folder / f"{name}.png" for name in names]
-    if dry_run:
-        paths = [p if p.exists() else next(folder.glob("**/*.png"), p) for p in paths]
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise UserError(
@@ -883,7 +899,7 @@ def label_files(names: list[str], folder: Path, dry_run: bool) -> list[Path]:
 
 def read_labels(names: list[str], folder: Path, settings: Settings) -> MapBank:
     """The label bank of stage 2, with 8 bits per pixel (D10), from the files of stage 1."""
-    files = label_files(names, folder, settings.dry_run)
+    files = label_files(names, folder)
     size, device, out = settings.size, settings.device, settings.out / "stage2"
     return MapBank(lambda i: load_mask(files[i]), len(files), size, device, out)
 
@@ -1053,7 +1069,7 @@ def open_checkpoint(
         runtime.check_checkpoint(saved, path, METHOD)
         stage = saved["stage"]
         state = saved["model"]
-        args = flags.saved_flags(build_parser(), args, saved, path, FIXED, FREE)
+        args = flags.saved_flags(build_parser(), args, saved, path, [*FIXED, "data"], FREE)
         out = flags.out_of(args, path, METHOD, ("stage1", "stage2"))
         args = flags.replaced(args, out=out)
     args = complete(args)
@@ -1072,8 +1088,8 @@ def load(weights: str | Path = "photos", device: str = "auto") -> harness.Predic
     path = flags.checkpoint_of(args, METHOD, "stage2/last.pt")
     args, _, net = open_checkpoint(path, flags.replaced(args, eval=[]))
     settings = flags.settle(args, METHOD, quiet=True)
-    forward = partial(saliency_logit, settings.place(net), amp=settings.amp)
-    return harness.Predictor(forward, settings)
+    net = settings.place(net)
+    return harness.Predictor(partial(saliency_logit, net, amp=settings.amp), net, settings)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -1109,25 +1125,37 @@ def label_maker(args: argparse.Namespace) -> ToLabel:
 def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or use a checkpoint."""
     args = build_parser().parse_args(argv)
-    if args.weights and args.transfer:
-        raise UserError("--transfer starts from a run: give its folder, --out, and no --weights")
+    if args.transfer and (args.weights or args.init):
+        raise UserError(
+            "--transfer starts from a run: give its folder, --out, and neither --weights nor --init"
+        )
     if args.weights or args.predict or args.explain:
         use(args)
         return
 
+    # A stage may start from a network of an earlier run.
+    init_stage = init = None
+    if args.init:
+        like, init_stage, init = open_checkpoint(
+            flags.named_checkpoint(args.init, METHOD), flags.replaced(args, eval=[])
+        )
+        args = flags.taken_from(like, args, [*FIXED, *FREE])
+
     if args.transfer:
         args = retargeted(args)
     args = complete(args)
-    flags.show_preset(args, SHAPES)
+    flags.show_preset(args, PRESETS)
     settings = flags.settle(args, METHOD)
     stages = [int(args.stage)] if args.stage else [1, 2]
     schedules = {1: args.stage1, 2: args.stage2}
+    if init and init_stage not in stages:
+        raise UserError(f"--init {args.init} is of stage {init_stage}, which is not trained here")
 
     # What would otherwise be refused only after hours.
-    photos = open_set(settings.data, settings.data_root, masks=False)
+    photos = settings.training_set(masks=False)
     check_sizes(len(photos), stages, args.bn, settings)
     if args.labels or 1 not in stages:
-        label_files(photos.names, label_folder(args, settings), settings.dry_run)
+        label_files(photos.names, label_folder(args, settings))
     claim(settings, {f"stage{stage}": schedules[stage] for stage in stages})
 
     # A transfer is compared with the networks that it starts from.
@@ -1142,10 +1170,13 @@ def main(argv: list[str] | None = None) -> None:
 
     for stage in stages:
         torch.manual_seed(args.seed)
-        adapter = stage == 1 and args.transfer is not None
-        net = make_net(stage, args, "none" if adapter else args.backbone_weights, adapter)
-        if adapter:
+        if stage == init_stage:
+            net = init
+        elif stage == 1 and args.transfer:
+            net = make_net(1, args, "none", adapter=True)
             adapt(net, args.base / "stage1" / "last.pt")
+        else:
+            net = make_net(stage, args, args.backbone_weights)
         net = settings.place(net)
         if stage == 1:
             train_cues(net, settings, args)

@@ -322,9 +322,9 @@ class Settings:
     cutout: bool
     flags: dict = field(repr=False)  # all flags as plain values, for args.json and checkpoints
 
-    def training_set(self, masks: bool = True) -> Dataset:
-        """The pictures of --data; with --dry-run two batches of them, from all parts of the set."""
-        photos = open_set(self.data, self.data_root, masks)
+    def training_set(self, masks: bool = True, spec: str | None = None) -> Dataset:
+        """The pictures of --data, or of the set `spec`; with --dry-run two batches of them."""
+        photos = open_set(spec or self.data, self.data_root, masks)
         count = 2 * self.batch_size
         if not self.dry_run or len(photos) <= count:
             return photos

@@ -12,7 +12,6 @@ on the device to saliency logits [B, 1, S, S].
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -317,10 +316,10 @@ VIEWS = {"": lambda image, pred: pred, "_cutout": cutout, "_overlay": overlaid}
 class Predictor:
     """A trained network as a function: a Pillow photo in, its saliency map (mode "L") out."""
 
-    def __init__(self, logit: Callable, net: nn.Module, settings: Settings):
-        """logit(net, images, amp=…): the network's saliency logits, as for `evaluate`."""
-        self.net = settings.place(net)
-        self.forward = partial(logit, self.net, amp=settings.amp)
+    def __init__(self, forward: Forward, net: nn.Module, settings: Settings):
+        """net: the network of `forward`, for those who want it itself."""
+        self.forward = forward
+        self.net = net
         self.settings = settings
 
     @torch.inference_mode()

@@ -18,7 +18,6 @@ from common.backbones import Pyramid
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = ("a2s", "class_net", "unified_usod", "sdg_sod")
-UNMARKED = {"a2s": {12}, "class_net": {9, 10, 13, 14}}  # departures without a mark in the code
 FOREIGN = {"--index-url", "--nproc_per_node", "--olr"}  # of pip, torchrun, the released code
 
 
@@ -93,8 +92,7 @@ def test_departures_are_explained_on_the_script_s_page_and_marked_in_its_code(sc
 
     source = re.sub(r"D1 to D\d+", "", source)  # a list, no mark
     marked = {int(number) for number in re.findall(r"\bD(\d+)\b", source)}
-    assert marked <= listed
-    assert listed - marked <= UNMARKED.get(script, set())
+    assert marked == listed
 
 
 @each(PAGES)

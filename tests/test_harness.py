@@ -118,8 +118,7 @@ def test_overlay_by_hand():
 
 
 def test_a_predictor_takes_any_kind_of_photo():
-    given = settings(Path("."), [], amp="off")
-    sod = harness.Predictor(lambda net, images, amp: brightness(net(images)), nn.Identity(), given)
+    sod = harness.Predictor(brightness, nn.Identity(), settings(Path("."), []))
     grey = Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20))
     for photo in (grey, grey.convert("RGB"), grey.convert("RGBA"), grey.convert("P")):
         saliency = sod(photo)

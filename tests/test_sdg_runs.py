@@ -507,7 +507,7 @@ def test_stage_sod_can_start_from_a_checkpoint(base, flags, tmp_path, quick, mon
         sdg_sod, "train_saliency", lambda stage, net, *_: starts.append(net.state_dict())
     )
     pretrained = folder / "sod" / "last.pt"
-    main(*flags, "--stage", "sod", "--out", tmp_path, "--pretrained", pretrained)
+    main(*flags, "--stage", "sod", "--out", tmp_path, "--init", pretrained)
     assert same({"model": starts[0]}, {"model": last(folder, "sod")["model"]})
 
 
@@ -720,7 +720,7 @@ FLAGS_THAT_CANNOT_BE = {
     "--encoder mit_b3": "--encoder-weights: give a file with the weights of mit_b3",
     "--encoder-weights nowhere.pth": "--encoder-weights: there is no file nowhere.pth",
     "--encoder-weights nowhere.safetensors": "--encoder-weights: cannot read nowhere.safetensors",
-    "--pretrained nowhere.pt": "--pretrained: there is no file nowhere.pt",
+    "--init nowhere.pt": "--init: there is no file nowhere.pt",
     "--decoder ann --scales 1": "--decoder ann sees scales 3 and 4 alone",
     "--decoder psp --batch-size 1": "--decoder psp normalises over a batch",
     "--decoder apc --batch-size 1": "--decoder apc normalises over a batch",

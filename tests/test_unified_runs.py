@@ -129,8 +129,8 @@ def test_help_names_every_group_and_default(capsys):
     for group in ("daily use", "method", "training", "backbone", "runtime", "output"):
         assert f"\n{group}:" in text
     text = " ".join(text.split())
-    assert "[paper 20 10, shapes 1 3]" in text and "[paper 320, shapes 128]" in text
-    assert "[paper 0.1 0.005, shapes 0.1 0.02]" in text and "examples:" in text
+    assert "[paper 20 10, shapes 1 3, small 3 9]" in text
+    assert "[paper 0.1 0.005, shapes 0.1 0.02, small 0.1 0.005]" in text and "examples:" in text
 
 
 def test_both_stages_then_eval(base, side, tmp_path):
@@ -451,12 +451,22 @@ def test_stages_out_of_order_are_told_what_to_run_first(side, tmp_path):
     assert not (run / "stage1").exists()
 
 
+def test_init_starts_one_stage_from_a_network(base, small, tmp_path):
+    init = ("--init", base / "stage1" / "last.pt", "--stage", 1)
+    main(*small, *init, "--lr", 1e-12, "--epochs", 1, "--out", tmp_path / "run")
+    found = last(tmp_path / "run", 1)["model"]
+    for key, value in last(base, 1)["model"].items():
+        torch.testing.assert_close(found[key], value)
+    stage_2 = (*init[:2], "--stage", 2, "--labels", base / "pseudo", "--out", tmp_path / "other")
+    assert "is of stage 1, which is not trained here" in sentence(*small, *stage_2)
+
+
 def test_flags_that_cannot_work_are_refused(base, small, noise, tmp_path):
     usual = [*small, "--out", base]
     assert "add up to 1" in sentence(*usual, "--spr", 1, 1, 1)
     assert "--size 31 leaves nothing" in sentence(*usual, "--size", 31)
     cue = base / "stage1" / "last.pt"
-    assert "no --weights" in sentence("--transfer", "video", "--weights", cue)
+    assert "neither --weights" in sentence("--transfer", "video", "--weights", cue)
     assert "give it an --out of its own" in sentence(*usual, "--dry-run")
     assert "holds a run with --gamma 0.05" in sentence(*usual, "--gamma", 1)
     # Before stage 1, which does not need them.
