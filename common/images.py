@@ -135,12 +135,17 @@ def load_modality(path: str | Path) -> torch.Tensor:
 def load_map(path: str | Path) -> Image.Image:
     """A saliency map -> 8-bit grey, mode "L"; a cut-out by its alpha.
 
-    Raises `UserError`, also for a picture in colours.
+    Raises `UserError`, also for a picture in colours and for values that are negative or NaN.
     """
     image = read(path)
     alpha = alpha_of(image)
     if alpha is not None:
         return alpha
+    if image.mode == "F" and not (np.isfinite(image) & (np.asarray(image) > -0.01)).all():
+        raise UserError(
+            f"{path} holds negative values or such that are no numbers; the values of a map go "
+            "from 0 to 1, 255 or 65,535"
+        )
     image = eight_bits(image)
     if image.mode != "L" and is_coloured(image):
         raise UserError(

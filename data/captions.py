@@ -53,8 +53,9 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
                     for key in {photo.stem, photo.with_suffix("").as_posix()}:
                         captions[key].append(caption.strip())
             except FORM_ERRORS as error:
+                what = f"{type(error).__name__}: {error}"  # not repr, which may hold the whole file
                 raise UserError(
-                    f"{path} does not hold captions in a known form ({error!r}); fetch it again "
+                    f"{path} does not hold captions in a known form ({what[:200]}); fetch it again "
                     "or rename it"
                 ) from None
             except OSError as error:
@@ -66,6 +67,8 @@ def coco_rows(path: Path) -> Iterable[tuple[str, str]]:
     """(name of a photo, caption) of every annotation in a JSON of COCO."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     files = {image["id"]: image["file_name"] for image in content["images"]}
+    if len(files) < len(content["images"]):
+        raise ValueError("two images have one id")
     return [(files[note["image_id"]], note["caption"]) for note in content["annotations"]]
 
 

@@ -224,6 +224,8 @@ def read_annotations(path: Path, there: set[str]) -> tuple[Categories, list[Row]
     try:
         categories = {c["id"]: (text(c["name"]), flag(c["isthing"])) for c in content["categories"]}
         images = {image["id"]: image for image in content["images"]}
+        if len(images) < len(content["images"]):
+            raise ValueError("two images have one id")
         annotations = [(images[a["image_id"]], a) for a in content["annotations"]]
         stems = {Path(file_name(image, path)).stem for image, _ in annotations}
         if len(stems) < len(annotations):

@@ -137,6 +137,15 @@ def test_odd_caption_files_are_one_sentence(tmp_path, text):
         open_set(tmp_path, masks=False)
 
 
+def test_a_caption_file_of_another_encoding_is_a_short_sentence(tmp_path):
+    """Not one that repeats the whole file, as Python's own exception does."""
+    content = "image,caption\n" + "a.jpg,a red dog\n" * 1000
+    (tmp_path / "captions.txt").write_bytes(content.encode("utf-16"))
+    text = error(read_captions, tmp_path)
+    assert "'utf-8' codec can't decode byte 0xff in position 0" in text
+    assert len(text) < 200 + len(str(tmp_path))
+
+
 def test_clips_keep_their_folder_in_the_name(tmp_path):
     clips = ["bear/000", "bear/001", "cat/000"]
     pairs(tmp_path / "inner", clips, "JPEGImages/{}.jpg", "Annotations/{}.png")
@@ -199,6 +208,9 @@ def test_captions_of_coco_and_flickr(tmp_path):
     assert open_set("flickr", tmp_path, masks=False)[0]["caption"] == ["A cat .", "Cats ."]
     draw(tmp_path / "coco/train2017/000000000010.jpg")
     assert "no caption: 000000000010" in error(open_set, "COCO-captions", tmp_path)
+    coco["images"].append({"id": 9, "file_name": "000000000010.jpg"})
+    (tmp_path / "coco/annotations/captions_train2017.json").write_text(json.dumps(coco))
+    assert "two images have one id" in error(open_set, "COCO-captions", tmp_path)
     (tmp_path / "coco/annotations/captions_train2017.json").write_text("{")
     assert "captions_train2017.json" in error(open_set, "COCO-captions", tmp_path)
 

@@ -436,8 +436,8 @@ def test_a_map_is_grey_and_a_cutout_is_read_by_its_alpha(tmp_path):
         assert got.mode == "L" and np.array_equal(np.asarray(got), ramp), name
 
 
-def test_a_picture_in_colours_is_no_map(tmp_path):
-    """Neither its brightness nor that of colours which stand for numbers is the saliency."""
+def test_pictures_in_colours_and_odd_numbers_are_no_map(tmp_path):
+    """Neither the brightness of an object nor that of a heat map's colours is saliency."""
     on_black = np.where(DISK[..., None], np.array([200, 30, 10], np.uint8), np.uint8(0))
     for name, picture in {
         "object on black": Image.fromarray(on_black),
@@ -448,6 +448,9 @@ def test_a_picture_in_colours_is_no_map(tmp_path):
     }.items():
         picture.save(tmp_path / "m.png")
         assert "in colours" in error(load_map, tmp_path / "m.png"), name
+    for odd in (np.nan, np.inf, -3):  # a network's logits are no map, either
+        Image.fromarray(np.where(DISK, 0.5, odd).astype(np.float32)).save(tmp_path / "m.tif")
+        assert "negative values or such that are no numbers" in error(load_map, tmp_path / "m.tif")
     grey = Image.fromarray(DISK.astype(np.uint8) * 255).convert("RGB")
     grey.save(tmp_path / "m.jpg", quality=5)  # noise of JPEG is no colour
     assert load_map(tmp_path / "m.jpg").mode == "L"

@@ -262,6 +262,10 @@ def test_a_photo_listed_twice_is_refused(tmp_path):
     content["annotations"] *= 2
     make(tmp_path, content)
     assert "a photo is listed twice" in error(Panoptic, tmp_path, "val2017")
+    content = annotations()
+    content["images"] += [content["images"][0] | {"file_name": "000000000010.jpg"}]
+    make(tmp_path, content)
+    assert "two images have one id" in error(Panoptic, tmp_path, "val2017")
 
 
 @pytest.mark.parametrize("where, key", [("images", "file_name"), ("annotations", "file_name")])
