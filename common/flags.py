@@ -25,6 +25,7 @@ from common.datasets import MissingSet, View, open_set
 from common.runtime import UserError, World, say
 from data.registry import SHAPES
 
+STDIN = Path("-")  # of --predict
 NETWORKS = Path(__file__).parent.parent / "data" / "networks"  # what comes with the project
 
 
@@ -94,7 +95,8 @@ def add_flags(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None
         help="a folder of photos, a registered set (python -m common.datasets lists them), sets "
         "joined with +, each restricted by SET@stems.txt [%(default)s]",
     )
-    add("--predict", type=Path, nargs="+", metavar="PATH", help="map photos or folders of them")
+    text = "map photos or folders of them; - maps one from the standard input to standard output"
+    add("--predict", type=Path, nargs="+", metavar="PATH", help=text)
     text = "draw the method at work on one photo: <out>/explain/NAME.png"
     add("--explain", type=Path, metavar="PHOTO", help=text)
     add(
@@ -363,11 +365,12 @@ def settle(
     Raises `UserError` for what would come to light only after hours of training: an --eval set
     that is not there, has no masks (unless `captions` will do), or the name of another.
     """
-    # Where it runs.
+    # Where it runs. A picture in the standard output tolerates no text.
+    quiet = quiet or args.predict == [STDIN]
     device, reason = runtime.pick_device(args.device)
     if args.deterministic:
         runtime.be_deterministic()
-    if args.amp == "bf16" and runtime.precision(device, args.amp) is None:
+    if args.amp == "bf16" and runtime.precision(device, args.amp) is None and not quiet:
         say("--amp bf16: this processor has no bf16 instructions, so fp32 is used, which is faster")
     world = runtime.join_world(device)
 

@@ -10,6 +10,7 @@ Nothing here knows a method: a network is a function `forward` from images [B, 3
 on the device to saliency logits [B, 1, S, S].
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -27,7 +28,7 @@ from common.bank import Bank
 from common.crf import dense_crf, photo_sxy
 from common.curves import write_curves
 from common.datasets import View, load_image, open_photos, open_set, report_left_out
-from common.flags import Settings
+from common.flags import STDIN, Settings
 from common.images import to_tensor
 from common.metrics import Metrics, table, to_uint8
 from common.runtime import UserError, progress, save_json, save_png, save_text, say
@@ -255,9 +256,14 @@ def predict(
 
     --cutout adds <name>_cutout.png, RGBA with the map as alpha; overlay adds <name>_overlay.png.
     skip_existing: leave out photos whose map is there already.
+    --predict - maps one photo from the standard input to the standard output, see `stream`.
     Raises `UserError` if two files would have the same name, before anything is written, and, when
     all others are done, if photos could not be read.
     """
+    if settings.predict == [STDIN]:
+        stream(forward, settings, overlay)
+        return
+
     folder = settings.out / "predict"
     photos = open_photos(settings.predict, settings.data_root, skip=folder)
     report_left_out(photos)
@@ -288,6 +294,19 @@ def predict(
     say(f"wrote {len(photos) - len(broken)} map(s) to {folder}")
     if broken:
         raise UserError(f"{len(broken)} photo(s) could not be read: " + "; ".join(broken))
+
+
+def stream(forward: Forward, settings: Settings, overlay: bool) -> None:
+    """Write the map of the photo in the standard input as PNG to the standard output.
+
+    --cutout or overlay write that picture instead of the map. Nothing else goes to that output.
+    """
+    image = load_image(STDIN)
+    sample = {"image": image, "size": tuple(image.shape[1:]), "name": "the standard input"}
+    pred = finish(forward(stack([sample], settings))[0], sample, settings.crf)
+    kind = "_overlay" if overlay else "_cutout" if settings.cutout else ""
+    picture = Image.fromarray(VIEWS[kind](image, pred).numpy())
+    picture.save(sys.stdout.buffer, "PNG")
 
 
 def cutout(image: Tensor, pred: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ All of them turn a picture as its EXIF tag says, and take the first frame or pag
 holds several. They raise `UserError` with a sentence that names the file.
 """
 
+import io
+import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -47,7 +49,9 @@ def read(path: str | Path, at_least: int | None = None) -> Image.Image:
     """
     try:
         # Pillow maps a grey TIFF that it opens by name, and then loses its rows if it is turned.
-        with open(path, "rb") as file:
+        # The standard input, "-", is read whole, since Pillow goes back and forth in a file.
+        opened = io.BytesIO(sys.stdin.buffer.read()) if str(path) == "-" else open(path, "rb")
+        with opened as file:
             image = Image.open(file)
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
@@ -58,7 +62,8 @@ def read(path: str | Path, at_least: int | None = None) -> Image.Image:
     except MemoryError:  # not the file's fault
         raise
     except Exception as error:  # broken files make Pillow raise errors of many kinds
-        raise UserError(f"{path} {fault(error)}") from None
+        name = "the standard input" if str(path) == "-" else path
+        raise UserError(f"{name} {fault(error)}") from None
 
 
 def fault(error: Exception) -> str:

@@ -1,14 +1,18 @@
 """What --predict writes: broken photos, names, folders of its own, overlays; pictures by hand."""
 
+import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import write_photo
+from helpers import ENVIRONMENT, ROOT, write_photo
 from PIL import Image
 from torch import nn
 
+import class_net
 from common import harness
 from common.crf import dense_crf
 from common.datasets import open_set
@@ -138,3 +142,17 @@ def test_the_crf_of_predictions_keeps_a_thin_object_of_nearly_the_same_colour():
     refined = harness.finish(logit, {"name": "", "image": photo, "size": (40, 60)}, crf=True)
     assert (refined[19:22] > 127).all()
     assert (refined[:19] < 127).all() and (refined[22:] < 127).all()
+
+
+def test_a_photo_goes_from_the_standard_input_to_the_standard_output(tmp_path):
+    photo = ROOT / "data" / "photos" / "cat.jpg"
+    class_net.main(["--predict", str(photo), "--cutout", "--out", str(tmp_path), "--device", "cpu"])
+    for flags, name in ([], "cat"), (["--cutout"], "cat_cutout"):
+        command = [sys.executable, "class_net.py", "--predict", "-", "--device", "cpu", *flags]
+        given = photo.read_bytes()
+        done = subprocess.run(command, input=given, capture_output=True, cwd=ROOT, env=ENVIRONMENT)
+        found = Image.open(io.BytesIO(done.stdout))
+        assert np.array_equal(found, Image.open(tmp_path / "predict" / f"{name}.png"))
+    done = subprocess.run(command, input=b"", capture_output=True, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 1 and done.stdout == b""
+    assert b"the standard input is not a picture" in done.stderr
