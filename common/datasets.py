@@ -216,6 +216,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def first_of(left_out: LeftOut) -> str:
+    """A remark on the first file that was left out, as it may be the one that is missed."""
+    return f" (left out: {left_out[0][0]}, {left_out[0][1]})" if left_out else ""
+
+
 # ---- Data sets -----------------------------------------------------------------------------------
 class FileSet(Dataset):
     """Pictures and what belongs to them, sorted by name.
@@ -306,13 +311,15 @@ def open_folder(
 
     if not photos:
         what = "pictures with masks" if sparse else "pictures"
-        raise UserError(f"no {what} ({', '.join(SUFFIXES)}) in {folder}; see data/README.md")
+        raise UserError(
+            f"no {what} ({', '.join(SUFFIXES)}) in {folder}{first_of(left_out)}; see data/README.md"
+        )
     for need in needs:
         lost = [name for name in photos if name not in files[need]]
         if lost:
             raise UserError(
                 f"{len(lost)} of {len(photos)} pictures in {folder} have no {need}: "
-                f"{some(lost)}; add what is missing, as data/README.md shows"
+                f"{some(lost)}{first_of(left_out)}; add what is missing, as data/README.md shows"
             )
     return FileSet(files, title, left_out)
 
@@ -435,7 +442,8 @@ def open_photos(
             else:
                 files[os.path.abspath(file)] = file
     if not files:
-        raise UserError(f"no pictures ({', '.join(SUFFIXES)}) in {some([str(p) for p in paths])}")
+        where = some([str(path) for path in paths])
+        raise UserError(f"no pictures ({', '.join(SUFFIXES)}) in {where}{first_of(left_out)}")
 
     folders = [path if path.is_dir() else path.parent for path in paths]
     shared = os.path.commonpath([os.path.abspath(folder) for folder in folders])

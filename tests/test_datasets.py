@@ -267,6 +267,21 @@ def test_pictures_of_every_kind_are_read_and_others_counted(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_sentence_on_what_is_missing_names_what_was_left_out(tmp_path):
+    """It may be the very file that is missed: of another suffix, or called otherwise."""
+    draw(tmp_path / "images/a.jpg")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/a.tga").write_bytes(b"")
+    assert "masks/a.tga, not read (.tga)" in error(open_set, tmp_path)
+    (tmp_path / "masks/a.tga").unlink()
+    draw(tmp_path / "masks/a_mask.png")
+    assert "masks/a_mask.png, mask of no picture" in error(open_set, tmp_path)
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone/1.heic").write_bytes(b"")
+    for call in (open_set, open_photos):
+        assert "phone/1.heic, not read (.heic)" in error(call, tmp_path / "phone", "data")
+
+
 def test_strays_and_masks_of_no_picture_are_counted(tmp_path):
     pairs(tmp_path / "A", "ab")
     draw(tmp_path / "A/cover.jpg")
