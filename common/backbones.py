@@ -265,8 +265,8 @@ def find_weights(name: str, weights: str) -> Path:
             torch.hub.download_url_to_file(url, str(path))
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
-                f"cannot download the weights of {name} ({error}); save {url} as {path}, give a local "
-                "file with --backbone-weights, or try --backbone tiny, which needs no download"
+                f"cannot download the weights of {name} ({error}); save {url} as {path}, give a "
+                "local file with --backbone-weights, or try --backbone tiny, which needs none"
             ) from None
     check_digest(path, digest)
     return path
