@@ -156,6 +156,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         usual = PAPER_SETS
 
     args = flags.completed(args, PRESETS)
+    if args.size < 16:
+        raise UserError(f"--size {args.size} leaves nothing of the deepest map; at least 16")
     return flags.replaced(
         args,
         unary=args.unary or "hard",  # else the CRF changes nothing (D2)

@@ -19,6 +19,7 @@ import mmap
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,11 +86,16 @@ class Bank:
             sample = dataset[i]
             return [resize(sample[part], size) for part in parts]
 
+        blank = Counter()  # masks of one value are legal, but seldom meant
         samples = parallel_map(load, range(count))
         for i, sample in enumerate(progress(samples, f"decode {dataset.title}", count)):
             for part, pixels in zip(parts, sample):
                 self.has[part][i] = pixels is not None
                 self.pixels[part][i] = 0 if pixels is None else pixels
+                if part == "mask" and pixels is not None and pixels.min() == pixels.max():
+                    blank["full" if pixels.any() else "empty"] += 1
+        for kind, masks in blank.items():
+            say(f"warning: {dataset.title} has {masks} {kind} mask(s)", error=True)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -20,6 +20,7 @@ from common.datasets import open_photos
 from common.flags import Settings
 from common.harness import stack
 from common.images import to_tensor
+from common.runtime import UserError
 
 
 def one_photo(file: Path, settings: Settings) -> tuple[Tensor, Tensor, Path]:
@@ -28,7 +29,10 @@ def one_photo(file: Path, settings: Settings) -> tuple[Tensor, Tensor, Path]:
     uint8 [3, H, W]; [1, 3, S, S] in [0, 1] on the device (for pairs [1, 6, S, S]); and
     <out>/explain/<name>.png. Raises `UserError` if the photo cannot be read.
     """
-    sample = open_photos(file, settings.data_root)[0]
+    photos = open_photos(file, settings.data_root)
+    if len(photos) > 1:
+        raise UserError(f"--explain draws one photo, and {file} holds {len(photos)}")
+    sample = photos[0]
     path = settings.out / "explain" / f"{Path(sample['name']).name}.png"
     return sample["image"], stack([sample], settings), path
 

@@ -96,7 +96,7 @@ def add_flags(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None
         "joined with +, each restricted by SET@stems.txt [%(default)s]",
     )
     text = "map photos or folders of them; - maps one from the standard input to standard output"
-    add("--predict", type=Path, nargs="+", metavar="PATH", help=text)
+    add("--predict", type=Path, nargs="+", action="extend", metavar="PATH", help=text)
     text = "draw the method at work on one photo: <out>/explain/NAME.png"
     add("--explain", type=Path, metavar="PHOTO", help=text)
     add(
@@ -106,13 +106,15 @@ def add_flags(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None
         help="a checkpoint, for --eval, --predict and --explain; photos: the one that comes with "
         "the project",
     )
-    add("--eval", nargs="+", metavar="SET", help="sets to score on, spelt like --data")
+    text = "sets to score on, spelt like --data"
+    add("--eval", nargs="+", action="extend", metavar="SET", help=text)
     add("--out", type=Path, metavar="DIR", help="run folder [runs/SCRIPT-DATA, and -seedN]")
-    text = (
-        "small: MobileNetV2, small pictures and few epochs, for your own photos on any computer; "
+    add(
+        "--preset",
+        choices=[*presets],
+        help="small: MobileNetV2, small pictures and few epochs, for your own photos on any "
+        "computer; whatever else is given holds [paper; shapes for built-in pictures]",
     )
-    text += "whatever else is given holds [paper; shapes for built-in pictures]"
-    add("--preset", choices=[*presets], help=text)
     text = "continue from last.pt, which the run folder holds for every stage"
     add("--resume", action="store_true", help=text)
     text = "try everything on two batches of every set"
@@ -450,7 +452,7 @@ def named_checkpoint(file: Path, method: str) -> Path:
     Raises `UserError` if no network of this method comes with the project.
     """
     shipped = NETWORKS / f"{method}.pt"
-    if str(file) != "photos" or file.exists():
+    if str(file) != "photos" or file.is_file():
         return file
     if not shipped.exists():
         raise UserError(

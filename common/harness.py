@@ -10,6 +10,7 @@ Nothing here knows a method: a network is a function `forward` from images [B, 3
 on the device to saliency logits [B, 1, S, S].
 """
 
+import io
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -287,11 +288,11 @@ def predict(
 
     broken = []
     maps = final_maps(forward, photos, settings, "predict", settings.crf, broken)
-    for _ in runtime.parallel_map(save, maps):
-        pass
+    written = sum(1 for _ in runtime.parallel_map(save, maps))
+    written = sum(settings.world.gather(written))
 
     broken = [reason for part in settings.world.gather(broken) for reason in part]
-    say(f"wrote {len(photos) - len(broken)} map(s) to {folder}")
+    say(f"wrote {written} map(s) of {len(photos)} photo(s) to {folder}")
     if broken:
         raise UserError(f"{len(broken)} photo(s) could not be read: " + "; ".join(broken))
 
@@ -306,7 +307,14 @@ def stream(forward: Forward, settings: Settings, overlay: bool) -> None:
     pred = finish(forward(stack([sample], settings))[0], sample, settings.crf)
     kind = "_overlay" if overlay else "_cutout" if settings.cutout else ""
     picture = Image.fromarray(VIEWS[kind](image, pred).numpy())
-    picture.save(sys.stdout.buffer, "PNG")
+    memory = io.BytesIO()
+    picture.save(memory, "PNG")
+    try:
+        sys.stdout.buffer.write(memory.getbuffer())
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        runtime.silence(sys.stdout)  # Python writes the rest again when it ends
+        raise UserError(f"cannot write to the standard output ({error.strerror})") from None
 
 
 def cutout(image: Tensor, pred: Tensor) -> Tensor:

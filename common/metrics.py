@@ -609,6 +609,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.curves and args.curves.suffix.lower() not in (".svg", ".csv"):
         raise UserError(f"--curves {args.curves} must end in .svg or .csv")
+    files = [file for file in (args.json, args.csv, args.curves) if file]
+    if len(set(files)) < len(files):
+        raise UserError("--json, --csv and --curves must name different files")
 
     options = {name: getattr(args, name) for name in ("gt_rule", "stretch", "resize", "empty")}
     results = {}

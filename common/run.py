@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from common import runtime
 from common.bank import Bank, MapBank, batches, epoch_order
 from common.curves import read_log, write_log
+from common.datasets import is_picture, is_run
 from common.flags import Schedule, Settings
 from common.runtime import UserError, say
 
@@ -73,6 +74,8 @@ def claim(settings: Settings, stages: dict[str, Schedule]) -> None:
     photos = Path(settings.data)
     if photos.is_dir() and photos.resolve() == settings.out.resolve():
         raise UserError(f"--out {settings.out} is the folder of the photos: give another one")
+    if not is_run(settings.out) and any(is_picture(file.name) for file in settings.out.glob("*")):
+        raise UserError(f"--out {settings.out} is a folder of pictures: give another one")
     if settings.world.main:
         runtime.lock(settings.out)
         runtime.remove_parts(settings.out)

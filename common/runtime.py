@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import PIL
@@ -94,7 +95,12 @@ def say(text: str, error: bool = False, end: str = "\n") -> None:
     try:
         print(text, end=end, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Let everything that is still written to a closed pipe or a full disk vanish."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def progress(items: Iterable, text: str, total: int | None = None) -> Iterator:
@@ -484,6 +490,8 @@ def check_checkpoint(
     wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(found.get(name), kind)]
     if not wrong and not is_plain(found["args"]):
         wrong.append("args")
+    if not wrong and found["epoch"] < 0:
+        wrong.append("epoch")
     if wrong:
         raise UserError(
             f"{path} is a damaged checkpoint ({', '.join(wrong)} missing or of a wrong type); make "

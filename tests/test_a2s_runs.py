@@ -317,6 +317,10 @@ def test_numbers_that_cannot_be(flag, capsys):
     assert f"argument {flag.split()[0]}: " in capsys.readouterr().err
 
 
+def test_pictures_too_small_for_the_encoder_are_refused():
+    assert "--size 15 leaves nothing" in refused(a2s.main, "--size", 15)
+
+
 def test_built_in_shapes_are_told_from_folders_of_that_name():
     assert common_flags.is_shapes("shapes")
     assert common_flags.is_shapes("shapes@a.txt+shapes-depth@b.txt")

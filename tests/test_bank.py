@@ -43,6 +43,18 @@ def test_images_are_in_0_1_and_flipped_where_asked():
     assert (image[1, 0, 0] * 255).round().tolist() == [43, 42, 41, 40]
 
 
+def test_empty_and_full_masks_are_counted_aloud(capsys):
+    class Masked(Ramps):
+        def __getitem__(self, i):
+            mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
+            mask[:, :, : [0, 1, 2, 4, 0, 3][i]] = 255  # two are empty, one is full
+            return super().__getitem__(i) | {"mask": mask}
+
+    Bank(Masked(), 4, CPU, parts=("image", "mask"))
+    said = capsys.readouterr().err
+    assert "ramps has 2 empty mask(s)" in said and "ramps has 1 full mask(s)" in said
+
+
 def test_a_map_read_flipped_and_written_flipped_stays_where_it_was():
     bank = MapBank(maps, 6, 4, CPU)
     before = bank.pixels.clone()

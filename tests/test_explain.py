@@ -71,6 +71,11 @@ def test_a_photo_that_is_not_there_is_named(tmp_path):
     assert "x.jpg" in refused(class_net.main, "--explain", tmp_path / "x.jpg", "--out", tmp_path)
 
 
+def test_a_folder_of_several_photos_is_refused(tmp_path):
+    sentence = refused(class_net.main, "--explain", "data/photos", "--out", tmp_path)
+    assert sentence == "--explain draws one photo, and data/photos holds 4"
+
+
 def test_ablations_of_class_leave_out_their_panels():
     flags = "--data shapes --attention channel --outputs 1 --backbone tiny --size 64"
     args = class_net.complete(class_net.build_parser().parse_args(flags.split()))

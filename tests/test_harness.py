@@ -156,3 +156,11 @@ def test_a_photo_goes_from_the_standard_input_to_the_standard_output(tmp_path):
     done = subprocess.run(command, input=b"", capture_output=True, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 1 and done.stdout == b""
     assert b"the standard input is not a picture" in done.stderr
+    assert done.stderr.count(b"error") == 1
+
+
+def test_paths_that_are_given_one_by_one_are_all_mapped():
+    flags = "--predict a.jpg --predict b.jpg c.jpg --eval x --eval y".split()
+    args = class_net.build_parser().parse_args(flags)
+    assert [str(path) for path in args.predict] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert args.eval == ["x", "y"]

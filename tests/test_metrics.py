@@ -838,3 +838,9 @@ def test_all_image_modes_are_read(tmp_path):
         assert np.array_equal(np.asarray(load_map(tmp_path / "x.png")), grey), mode
     Image.fromarray(np.array([[1000, 30000]], np.uint16)).save(tmp_path / "x.png")
     assert np.asarray(load_map(tmp_path / "x.png")).tolist() == [[4, 117]]
+
+
+def test_two_outputs_of_one_name_are_refused_before_anything_is_scored(tmp_path):
+    out = str(tmp_path / "s")
+    with pytest.raises(UserError, match="must name different files"):
+        main([str(tmp_path), str(tmp_path), "--json", out, "--csv", out])

@@ -118,6 +118,13 @@ def test_temporary_files_of_a_killed_process_are_removed(trained, tmp_path):
     assert not rest.exists() and not list(tmp_path.glob("**/*.part"))
 
 
+def test_a_folder_of_pictures_is_no_run_folder(lists, tmp_path):
+    write_photo(tmp_path / "images" / "a.png")
+    sentence = refused(class_net.main, *small_flags(lists), "--out", tmp_path / "images")
+    assert sentence.endswith("images is a folder of pictures: give another one")
+    assert not (tmp_path / "images" / ".lock").exists()
+
+
 def test_a_dry_run_is_replaced_and_replaces_nothing(lists, tmp_path):
     small = [*small_flags(lists, size=64), *SMALL.split(), "--out", str(tmp_path / "run")]
     class_net.main([*small, "--dry-run"])
