@@ -805,14 +805,22 @@ def epoch_random(stage: str, epoch: int, settings: Settings) -> torch.Generator:
     return random
 
 
-def train_saliency(stage: str, net: SDGSOD, settings: Settings, args: argparse.Namespace) -> None:
+def train_saliency(
+    stage: str,
+    net: SDGSOD,
+    settings: Settings,
+    schedule: Schedule,
+    bce: str,
+    cut: float,
+    maps: str,
+    live: bool,
+) -> None:
     """Stages sod, control and guide: learn masks, in stage guide with the map of each photo.
 
-    With --live the captioner describes every photo anew, as it was cropped; else the map that it
-    has made of the whole photo is mirrored and cropped along (D10).
+    bce: see `structure_loss`. cut: at most this share of a side is cropped. maps: a kind of `MAPS`.
+    live: the captioner describes every photo anew, as it was cropped; else the map that it has made
+    of the whole photo is mirrored and cropped along (D10).
     """
-    schedule = getattr(args, f"stage_{stage}")
-
     # The photos and masks, and the run, which resumes, logs and writes last.pt.
     photos = settings.training_set()
     folder = settings.out / stage
@@ -825,11 +833,11 @@ def train_saliency(stage: str, net: SDGSOD, settings: Settings, args: argparse.N
     watch = harness.Watch(judging("mask", settings), photos)
 
     # With --resume, `Run` has restored the captioner, so the maps are made after it.
-    guided = stage == "guide" and not args.live
+    guided = stage == "guide" and not live
     if guided:
-        guidance = make_maps(args.maps, net.captioner, bank, settings)  # [N, 1, 7, 7]
+        guidance = make_maps(maps, net.captioner, bank, settings)  # [N, 1, 7, 7]
         net.mean_map.copy_(guidance.mean(0, keepdim=True))
-        if args.maps in ("mean", "centre"):
+        if maps in ("mean", "centre"):
             saliency = partial(saliency, m=net.mean_map)
 
     for epoch in run.epochs():
@@ -839,7 +847,7 @@ def train_saliency(stage: str, net: SDGSOD, settings: Settings, args: argparse.N
             set_rate(optimiser, lr)
 
             # Photos, masks and maps, flipped and cropped together; [B, 1, S/4, S/4] for maps.
-            box = draw_crops(len(index), args.crop, random)
+            box = draw_crops(len(index), cut, random)
             image = crop(bank.images(index, flip), box)  # [B, 3, S, S]
             mask = crop(bank.masks(index, flip), box)  # [B, 1, S, S]
             m = None
@@ -849,7 +857,7 @@ def train_saliency(stage: str, net: SDGSOD, settings: Settings, args: argparse.N
             # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
                 logit = run.net(image, m)  # [B, 1, S, S]
-            loss = structure_loss(logit, mask, args.bce)
+            loss = structure_loss(logit, mask, bce)
 
             # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
@@ -1472,7 +1480,16 @@ def main(argv: list[str] | None = None) -> None:
             study_maps(net, settings)
         else:
             net = settings.place(make_start(stage, args, settings), channels_last=False)
-            train_saliency(stage, net, settings, args)
+            train_saliency(
+                stage,
+                net,
+                settings,
+                schedules[stage],
+                bce=args.bce,
+                cut=args.crop,
+                maps=args.maps,
+                live=args.live,
+            )
             results |= evaluate(stage, net, settings, args.test_maps)
             harness.save_results(results, settings, settings.out / stage)
     shown = [stage for stage in ("sod", "control", "guide") if (settings.out / stage).exists()]

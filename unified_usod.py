@@ -685,16 +685,20 @@ def second_scale(pair: Tensor, random: torch.Generator) -> Tensor:
     return F.interpolate(pair, (side, side), mode="bilinear", align_corners=True)
 
 
-def train_cues(net: CueExtractor, settings: Settings, args: argparse.Namespace) -> None:
+def train_cues(
+    net: CueExtractor,
+    settings: Settings,
+    schedule: Schedule,
+    pcl: bool,
+    annealed: bool,
+    gamma: float,
+    two_scales: bool,
+) -> None:
     """Stage 1: push every pixel of the map to 0 or 1, the clear ones first.
 
     Trains what requires a gradient: all blocks, or in transfer the adapter alone.
+    pcl, annealed: see `curriculum`. gamma: weight of L_btm.
     """
-    schedule = args.stage1
-    pcl = args.pcl == "on"
-    annealed = args.power == "annealed"
-    two_scales = args.multi_scale == "on"
-
     # Photos and modalities, without masks; and the run, which resumes, logs and writes last.pt.
     photos = settings.training_set(masks=False)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage1", parts=PARTS)
@@ -718,7 +722,7 @@ def train_cues(net: CueExtractor, settings: Settings, args: argparse.Namespace) 
             # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
                 thetas = run.net(*pairs)  # [B, 1, S, S] and [B, 1, s, s]
-            loss = cue_loss(thetas, guides, p, k, args.gamma)  # Eq. 13
+            loss = cue_loss(thetas, guides, p, k, gamma)  # Eq. 13
 
             # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
@@ -732,18 +736,26 @@ def train_cues(net: CueExtractor, settings: Settings, args: argparse.Namespace) 
         run.end_epoch(lr=lr, mirror=mirror, **watch(logit, run.picture))
 
 
-def train_detector(net: Detector, settings: Settings, args: argparse.Namespace) -> None:
+def train_detector(
+    net: Detector,
+    settings: Settings,
+    schedule: Schedule,
+    pseudo: Path,
+    kind: str,
+    aux: list[float],
+    two_scales: bool,
+    spr: list[float],
+    released: bool,
+) -> None:
     """Stage 2: learn the pseudo labels, and correct them with the detector's own predictions.
 
+    pseudo: the folder of the labels. kind, aux: see `detector_loss`; spr: see `rectify`.
     The labels as they are in the end are written to <out>/rectified: Tables 6 to 8 score them
     (python -m common.metrics).
     """
-    schedule = args.stage2
-    two_scales = args.multi_scale == "on"
-
     # The photos, their labels from stage 1, and the run, which resumes, logs and writes last.pt.
     photos = settings.training_set(masks=False)
-    labels = read_labels(photos.names, label_folder(args, settings), settings)
+    labels = read_labels(photos.names, pseudo, settings)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage2", parts=PARTS)
     optimiser = make_optimiser(net, decay=0)
     encoders_learn = False
@@ -760,11 +772,11 @@ def train_detector(net: Detector, settings: Settings, args: argparse.Namespace) 
             encoders_learn = True
             net.encoders.requires_grad_(True)
             run.net = settings.world.parallel(net)  # anew: it averages their gradients, too
-        rectifying = warmed_up and args.spr != [0, 0, 1]  # else the label stays the previous one
+        rectifying = warmed_up and spr != [0, 0, 1]  # else the label stays the previous one
         random = generator("cpu", settings.seed, "side", epoch)
         for index, flip in run.batches():
             # The paper's rate is constant; in the released code it falls, as in stage 1 (D4).
-            lr = falling_rate(run.time, schedule) if args.released else schedule.lr
+            lr = falling_rate(run.time, schedule) if released else schedule.lr
             set_rate(optimiser, lr)
 
             # The photos at one or two sizes, and their labels as they have been corrected so far.
@@ -776,7 +788,7 @@ def train_detector(net: Detector, settings: Settings, args: argparse.Namespace) 
             with autocast(settings.device, settings.amp):
                 logits = run.net(*pairs)  # four heads of each size
             target = (g > 0.5).float()
-            loss = detector_loss(logits, target, args.loss, args.aux, args.released)  # Eq. 15
+            loss = detector_loss(logits, target, kind, aux, released)  # Eq. 15
 
             # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
@@ -788,7 +800,7 @@ def train_detector(net: Detector, settings: Settings, args: argparse.Namespace) 
             # The prediction before this step, of head 0 at the first size, corrects the label.
             if rectifying:
                 s = torch.sigmoid(logits[0][0].detach().float())
-                g = rectify(pair[:, :3], s, g, args.spr, args.released)  # Eq. 8
+                g = rectify(pair[:, :3], s, g, spr, released)  # Eq. 8
                 labels.write(index, flip, g)
 
         # Every process has corrected its own share of the labels; now all of them get all.
@@ -1179,10 +1191,28 @@ def main(argv: list[str] | None = None) -> None:
             net = make_net(stage, args, args.backbone_weights)
         net = settings.place(net)
         if stage == 1:
-            train_cues(net, settings, args)
+            train_cues(
+                net,
+                settings,
+                args.stage1,
+                pcl=args.pcl == "on",
+                annealed=args.power == "annealed",
+                gamma=args.gamma,
+                two_scales=args.multi_scale == "on",
+            )
             make_labels(net, settings, to_label)
         else:
-            train_detector(net, settings, args)
+            train_detector(
+                net,
+                settings,
+                args.stage2,
+                pseudo=label_folder(args, settings),
+                kind=args.loss,
+                aux=args.aux,
+                two_scales=args.multi_scale == "on",
+                spr=args.spr,
+                released=args.released,
+            )
         results |= evaluate(stage, net, settings, to_label)
         harness.save_results(results, settings, settings.out / f"stage{stage}")
     harness.gallery(["stage1/pred/{}-cue", "stage1/pred/{}-label", "stage2/pred/{}"], settings)

@@ -547,8 +547,8 @@ def check(net, settings, stage):
     assert len(set(settings.world.gather(hashlib.sha256(state).hexdigest()))) == 1, stage
     sys.stdout.write(f"{settings.world.size} processes agree on {stage}\\n")  # print writes twice
 
-def saliency(stage, net, settings, *rest):
-    train_saliency(stage, net, settings, *rest)
+def saliency(stage, net, settings, *rest, **options):
+    train_saliency(stage, net, settings, *rest, **options)
     check(net, settings, stage)
 
 def captioner(net, settings, *rest):

@@ -385,11 +385,17 @@ def corrected(joint, tmp_path):
     def train(epochs, released=False):
         out = tmp_path / f"{epochs}{released}"
         settings = settings_of(joint, out)
-        args = complete("--aux 0 0 0 --multi-scale off --spr 0.2 0.6 0.2")
-        schedule = Schedule(epochs, 0.5)
-        labels = tmp_path / "pseudo"
-        args = flags.replaced(args, stage2=schedule, labels=labels, released=released)
-        usod.train_detector(RedChannel(), settings, args)
+        usod.train_detector(
+            RedChannel(),
+            settings,
+            Schedule(epochs, 0.5),
+            pseudo=tmp_path / "pseudo",
+            kind="iou",
+            aux=[0, 0, 0],
+            two_scales=False,
+            spr=[0.2, 0.6, 0.2],
+            released=released,
+        )
         return out
 
     return start, train
