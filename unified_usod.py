@@ -45,6 +45,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -736,59 +737,59 @@ def train_cues(
         run.end_epoch(lr=lr, mirror=mirror, **watch(logit, run.picture))
 
 
-def train_detector(
-    net: Detector,
-    settings: Settings,
-    schedule: Schedule,
-    pseudo: Path,
-    kind: str,
-    aux: list[float],
-    two_scales: bool,
-    spr: list[float],
-    released: bool,
-) -> None:
+class DetectorPlan(NamedTuple):
+    """How stage 2 learns. kind, aux: see `detector_loss`; spr: see `rectify`."""
+
+    schedule: Schedule
+    pseudo: Path  # the folder of the labels
+    kind: str
+    aux: list[float]
+    two_scales: bool
+    spr: list[float]
+    released: bool
+
+
+def train_detector(net: Detector, settings: Settings, plan: DetectorPlan) -> None:
     """Stage 2: learn the pseudo labels, and correct them with the detector's own predictions.
 
-    pseudo: the folder of the labels. kind, aux: see `detector_loss`; spr: see `rectify`.
-    The labels as they are in the end are written to <out>/rectified: Tables 6 to 8 score them
-    (python -m common.metrics).
+    The labels as they are in the end are written to <out>/rectified, which Tables 6 to 8 score.
     """
     # The photos, their labels from stage 1, and the run, which resumes, logs and writes last.pt.
     photos = settings.training_set(masks=False)
-    labels = read_labels(photos.names, pseudo, settings)
+    labels = read_labels(photos.names, plan.pseudo, settings)
     bank = Bank(photos, settings.size, settings.device, settings.out / "stage2", parts=PARTS)
     optimiser = make_optimiser(net, decay=0)
     encoders_learn = False
     net.encoders.requires_grad_(False)
-    run = Run(settings, 2, bank, net, optimiser, schedule, labels, "stage2")
+    run = Run(settings, 2, bank, net, optimiser, plan.schedule, labels, "stage2")
     logit = partial(saliency_logit, net, amp=settings.amp)
     watch = harness.Watch(settings, photos)
 
     for epoch in run.epochs():
         # Not in the paper; released code: in the first of 10 epochs the encoders are frozen, and
         # the labels stay as they are.
-        warmed_up = schedule.reached(epoch, 2, PAPER["stage2"].epochs)
+        warmed_up = plan.schedule.reached(epoch, 2, PAPER["stage2"].epochs)
         if warmed_up and not encoders_learn:
             encoders_learn = True
             net.encoders.requires_grad_(True)
             run.net = settings.world.parallel(net)  # anew: it averages their gradients, too
-        rectifying = warmed_up and spr != [0, 0, 1]  # else the label stays the previous one
+        rectifying = warmed_up and plan.spr != [0, 0, 1]  # else the label stays the previous one
         random = generator("cpu", settings.seed, "side", epoch)
         for index, flip in run.batches():
             # The paper's rate is constant; in the released code it falls, as in stage 1 (D4).
-            lr = falling_rate(run.time, schedule) if released else schedule.lr
+            lr = falling_rate(run.time, plan.schedule) if plan.released else plan.schedule.lr
             set_rate(optimiser, lr)
 
             # The photos at one or two sizes, and their labels as they have been corrected so far.
             pair, _ = read_pair(bank, index, flip)  # [B, 6, S, S]
-            pairs = [pair, second_scale(pair, random)] if two_scales else [pair]
+            pairs = [pair, second_scale(pair, random)] if plan.two_scales else [pair]
             g = labels.read(index, flip)  # [B, 1, S, S]
 
             # Forward, in half precision where the device has it.
             with autocast(settings.device, settings.amp):
                 logits = run.net(*pairs)  # four heads of each size
             target = (g > 0.5).float()
-            loss = detector_loss(logits, target, kind, aux, released)  # Eq. 15
+            loss = detector_loss(logits, target, plan.kind, plan.aux, plan.released)  # Eq. 15
 
             # Backward and step. The scaler does nothing unless the half precision is fp16.
             optimiser.zero_grad()
@@ -800,7 +801,7 @@ def train_detector(
             # The prediction before this step, of head 0 at the first size, corrects the label.
             if rectifying:
                 s = torch.sigmoid(logits[0][0].detach().float())
-                g = rectify(pair[:, :3], s, g, spr, released)  # Eq. 8
+                g = rectify(pair[:, :3], s, g, plan.spr, plan.released)  # Eq. 8
                 labels.write(index, flip, g)
 
         # Every process has corrected its own share of the labels; now all of them get all.
@@ -1134,6 +1135,29 @@ def label_maker(args: argparse.Namespace) -> ToLabel:
     return partial(refine, sxy=args.sxy, srgb=args.srgb, threshold=args.threshold)
 
 
+def detector_plan(args: argparse.Namespace, settings: Settings) -> DetectorPlan:
+    """What the flags say of stage 2."""
+    return DetectorPlan(
+        args.stage2,
+        label_folder(args, settings),
+        kind=args.loss,
+        aux=args.aux,
+        two_scales=args.multi_scale == "on",
+        spr=args.spr,
+        released=args.released,
+    )
+
+
+def zero_shot(args: argparse.Namespace, settings: Settings, to_label: ToLabel) -> harness.Results:
+    """Scores on the target of the networks that a transfer starts from, to compare it with."""
+    results = {}
+    for stage in (1, 2):
+        _, _, net = open_checkpoint(args.base / f"stage{stage}" / "last.pt", args)
+        results |= evaluate(stage, settings.place(net), settings, to_label, "-zero-shot")
+    harness.save_results(results, settings, settings.out / "zero-shot")
+    return results
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train the stages asked for, in order; or use a checkpoint."""
     args = build_parser().parse_args(argv)
@@ -1170,15 +1194,8 @@ def main(argv: list[str] | None = None) -> None:
         label_files(photos.names, label_folder(args, settings))
     claim(settings, {f"stage{stage}": schedules[stage] for stage in stages})
 
-    # A transfer is compared with the networks that it starts from.
-    results = {}
     to_label = label_maker(args)
-    if args.transfer:
-        for stage in (1, 2):
-            _, _, net = open_checkpoint(args.base / f"stage{stage}" / "last.pt", args)
-            net = settings.place(net)
-            results |= evaluate(stage, net, settings, to_label, "-zero-shot")
-        harness.save_results(results, settings, settings.out / "zero-shot")
+    results = zero_shot(args, settings, to_label) if args.transfer else {}
 
     for stage in stages:
         torch.manual_seed(args.seed)
@@ -1202,17 +1219,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             make_labels(net, settings, to_label)
         else:
-            train_detector(
-                net,
-                settings,
-                args.stage2,
-                pseudo=label_folder(args, settings),
-                kind=args.loss,
-                aux=args.aux,
-                two_scales=args.multi_scale == "on",
-                spr=args.spr,
-                released=args.released,
-            )
+            train_detector(net, settings, detector_plan(args, settings))
         results |= evaluate(stage, net, settings, to_label)
         harness.save_results(results, settings, settings.out / f"stage{stage}")
     harness.gallery(["stage1/pred/{}-cue", "stage1/pred/{}-label", "stage2/pred/{}"], settings)

@@ -385,9 +385,7 @@ def corrected(joint, tmp_path):
     def train(epochs, released=False):
         out = tmp_path / f"{epochs}{released}"
         settings = settings_of(joint, out)
-        usod.train_detector(
-            RedChannel(),
-            settings,
+        plan = usod.DetectorPlan(
             Schedule(epochs, 0.5),
             pseudo=tmp_path / "pseudo",
             kind="iou",
@@ -396,6 +394,7 @@ def corrected(joint, tmp_path):
             spr=[0.2, 0.6, 0.2],
             released=released,
         )
+        usod.train_detector(RedChannel(), settings, plan)
         return out
 
     return start, train
