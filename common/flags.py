@@ -107,7 +107,7 @@ def add_flags(parser: argparse.ArgumentParser, presets: dict[str, dict]) -> None
         "the project",
     )
     text = "sets to score on, spelt like --data"
-    add("--eval", nargs="+", action="extend", metavar="SET", help=text)
+    add("--eval", nargs="+", metavar="SET", help=text)
     add("--out", type=Path, metavar="DIR", help="run folder [runs/SCRIPT-DATA, and -seedN]")
     add(
         "--preset",
