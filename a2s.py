@@ -78,7 +78,7 @@ SHAPES = {  # built-in pictures, in minutes
     "srgb": 20.0,
     "rectify": "olr",
 }
-SMALL = {  # your own photos, in a quarter of an hour for 500
+SMALL = {  # your own photos, in half an hour for 500 on a CPU
     "stage1": Schedule(epochs=3, lr=1.0),
     "stage2": Schedule(epochs=9, lr=0.005),
     "batch_size": 8,

@@ -66,7 +66,7 @@ SHAPES = {
     "size": 160,
     "backbone": "tiny",
 }
-SMALL = {  # your own photos and masks, in a quarter of an hour for 500
+SMALL = {  # your own photos and masks, in a quarter of an hour for 500 on a CPU
     "stage1": Schedule(epochs=12, lr=0.03),
     "batch_size": 8,
     "size": 160,
