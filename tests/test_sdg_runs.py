@@ -504,10 +504,10 @@ def test_stage_sod_can_start_from_a_checkpoint(base, flags, tmp_path, quick, mon
     folder, _ = base
     starts = []
     monkeypatch.setattr(
-        sdg_sod, "train_saliency", lambda stage, net, *_: starts.append(net.state_dict())
+        sdg_sod, "train_saliency", lambda stage, net, *_, **__: starts.append(net.state_dict())
     )
-    pretrained = folder / "sod" / "last.pt"
-    main(*flags, "--stage", "sod", "--out", tmp_path, "--init", pretrained)
+    first = folder / "sod" / "last.pt"
+    main(*flags, "--stage", "sod", "--out", tmp_path, "--init", first)
     assert same({"model": starts[0]}, {"model": last(folder, "sod")["model"]})
 
 
